@@ -1,0 +1,337 @@
+"""The whole configuration: one strict tree, read from one YAML file and from `SLUICE_*` variables.
+
+Nothing else in Sluice parses settings. Precedence: environment over file over default. Keys are either structural
+(they change what is built into the model; a change needs a restart and a new compile-cache key) or run-time (they
+change a value on the device); `RUNTIME` marks the latter.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+CONFIG_VARIABLE = "SLUICE_CONFIG"
+RUN_DIR_VARIABLE = "SLUICE_RUN_DIR"
+_PREFIX = "SLUICE_"
+_NESTING = "__"
+_NOT_SETTINGS = frozenset({CONFIG_VARIABLE, RUN_DIR_VARIABLE})
+
+RUNTIME = {"runtime": True}
+"""Marks a key that may change while the server runs (`json_schema_extra` of its field)."""
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used; the message names the key, what was found and what to do."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class GatePatch(_Strict):
+    """Sigmoid gate on the attention output (Qiu et al., arXiv 2505.06708, position G1)."""
+
+    source: str = "auto"
+    """Where the gate weights are: `auto` (from the checkpoint if its config.json declares `sluice_gate`, else none),
+    `checkpoint` (required in the checkpoint), `none`, or the path of a sidecar `.safetensors` file."""
+    granularity: Literal["auto", "head", "element"] = "auto"
+    """One gate per head, one per element of the attention output, or what the tensors' shapes say."""
+    enabled: Annotated[bool, Field(json_schema_extra=RUNTIME)] = True
+    """Whether the installed gate acts."""
+
+    @model_validator(mode="after")
+    def _source_is_known(self) -> GatePatch:
+        if self.source not in ("auto", "checkpoint", "none") and not self.source.endswith(".safetensors"):
+            raise ValueError(
+                f"source {self.source!r} is neither auto, checkpoint or none nor the path of a .safetensors file"
+            )
+        if self.source == "none" and self.granularity != "auto":
+            raise ValueError(
+                f"granularity {self.granularity!r} asks for a gate but source is none; drop granularity or name a source"
+            )
+        return self
+
+
+class Patches(_Strict):
+    """Changes of the forward pass that can be switched."""
+
+    gate: GatePatch = GatePatch()
+
+
+class ResidualProbe(_Strict):
+    """Statistics of the hidden state after every decoder layer."""
+
+    install: bool = True
+    """Build the probe into the model."""
+    enabled: Annotated[bool, Field(json_schema_extra=RUNTIME)] = True
+    """Whether the installed probe looks at tokens."""
+    sample_rows: Annotated[int, Field(ge=1, le=1024)] = 16
+    """Tokens a forward pass whose hidden state enters the median's histogram; all other statistics see every token."""
+    massive_min: Annotated[float, Field(gt=0)] = 100.0
+    """Absolute part of the massive-activation criterion (Sun et al., arXiv 2402.17762)."""
+    massive_ratio: Annotated[float, Field(ge=0)] = 1000.0
+    """Relative part: times the median of the layer's hidden state."""
+    delimiters: tuple[str, ...] = (".", ",", ";", ":", "!", "?", "\n", "'", '"')
+    """Token texts, surrounding blanks aside, that make the position class `delimiter`."""
+
+
+class AttentionProbe(_Strict):
+    """Attention probabilities of sampled queries, recomputed from the query and the paged KV cache."""
+
+    install: bool = True
+    """Build the probe into the model."""
+    enabled: Annotated[bool, Field(json_schema_extra=RUNTIME)] = True
+    """Whether the installed probe samples queries."""
+    queries: Annotated[int, Field(ge=1, le=256)] = 8
+    """Queries sampled in a forward pass that is looked at."""
+    every: Annotated[int, Field(ge=1, json_schema_extra=RUNTIME)] = 4
+    """Look at one forward pass in this many."""
+    max_context: Annotated[int, Field(ge=16)] = 8192
+    """Queries further than this into their sequence are not sampled, to bound the cost."""
+    sink_threshold: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    """Mean mass on position 0 from which a head counts as a sink head (Gu et al., arXiv 2410.10781)."""
+
+
+class GateProbe(_Strict):
+    """Values of the installed gates."""
+
+    install: bool = True
+    """Build the probe into the model, where a gate is installed."""
+    enabled: Annotated[bool, Field(json_schema_extra=RUNTIME)] = True
+    """Whether the installed probe looks at tokens."""
+    closed_below: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """A gate below this counts as closed."""
+
+
+class Probes(_Strict):
+    """Measurements taken inside the forward pass."""
+
+    residual: ResidualProbe = ResidualProbe()
+    attention: AttentionProbe = AttentionProbe()
+    gate: GateProbe = GateProbe()
+
+
+class Telemetry(_Strict):
+    """How measurements reach `/metrics`."""
+
+    interval_seconds: Annotated[float, Field(ge=0.1, le=60)] = 1.0
+    """Time between two snapshots of a rank."""
+    window_seconds: Annotated[float, Field(ge=1, le=3600)] = 60.0
+    """Length of the sliding window of maxima, means and quantiles; at least two scrape intervals."""
+    run_dir: str | None = None
+    """Folder of the snapshots, shared by all processes of one server; default: one under /dev/shm per server."""
+
+    @model_validator(mode="after")
+    def _window_holds_intervals(self) -> Telemetry:
+        if self.window_seconds < 2 * self.interval_seconds:
+            raise ValueError(
+                f"window_seconds {self.window_seconds:g} is below twice interval_seconds {self.interval_seconds:g}; "
+                "lengthen the window or shorten the interval"
+            )
+        return self
+
+
+class Live(_Strict):
+    """The built-in page at /plugins/sluice/."""
+
+    enabled: bool = True
+    """Serve the page."""
+    history_seconds: Annotated[float, Field(ge=60, le=6 * 3600)] = 3600.0
+    """Time span that the page keeps."""
+    period_seconds: Annotated[float, Field(ge=0.5, le=60)] = 2.0
+    """Time between two points of the page's history."""
+
+
+class Config(_Strict):
+    """All settings of Sluice."""
+
+    enabled: bool = True
+    """False makes the plugin do nothing at all."""
+    allow_untested_vllm: bool = False
+    """Install patches on a vLLM version that Sluice was not tested with."""
+    patches: Patches = Patches()
+    probes: Probes = Probes()
+    telemetry: Telemetry = Telemetry()
+    live: Live = Live()
+
+    def structural(self) -> dict[str, Any]:
+        """Return the settings that shape the compiled model: patches and probes without their run-time keys."""
+        return {
+            "patches": _without_runtime(self.patches),
+            "probes": _without_runtime(self.probes),
+        }
+
+    def structural_fingerprint(self) -> str:
+        """Return a short hash of `structural()`, for compile-cache keys."""
+        return hashlib.sha256(json.dumps(self.structural(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A configuration and where each of its non-default keys came from (dotted key to file name or variable)."""
+
+    config: Config
+    origins: Mapping[str, str]
+
+
+def load(path: str | Path | None = None, environ: Mapping[str, str] | None = None) -> Loaded:
+    """Read the configuration.
+
+    Parameters
+    ----------
+    path
+        YAML file; default: the one named by `SLUICE_CONFIG`, else none.
+    environ
+        Environment; default: the process's own.
+
+    Raises
+    ------
+    ConfigError
+        If the file cannot be read, a key is unknown, a value has the wrong type or range, or two settings
+        contradict each other.
+    """
+    environ = os.environ if environ is None else environ
+    path = path or environ.get(CONFIG_VARIABLE) or None
+    tree: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    if path is not None:
+        tree = _read_yaml(Path(path))
+        origins = {".".join(keys): str(path) for keys, _ in _leaves(tree)}
+    for variable, keys, value in _variables(environ):
+        _put(tree, keys, value, variable)
+        origins[".".join(keys)] = variable
+    try:
+        config = Config.model_validate_json(json.dumps(tree))
+    except ValidationError as error:
+        raise ConfigError(_explain(error, origins)) from None
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: {error}; a setting has to be a plain YAML value") from None
+    return Loaded(config, origins)
+
+
+def schema() -> dict[str, Any]:
+    """Return the JSON schema of the configuration."""
+    return Config.model_json_schema()
+
+
+def as_yaml(config: Config) -> str:
+    """Return a configuration as YAML, every key written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration file {path}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds a {type(tree).__name__}; a mapping with keys such as patches: is needed")
+    return tree
+
+
+def _leaves(tree: Mapping[Any, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for key, value in tree.items():
+        here = (*above, str(key))
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, here)
+        else:
+            yield here, value
+
+
+def _variables(environ: Mapping[str, str]) -> Iterator[tuple[str, tuple[str, ...], Any]]:
+    for variable, text in sorted(environ.items()):
+        if not variable.startswith(_PREFIX) or variable in _NOT_SETTINGS:
+            continue
+        keys = tuple(variable[len(_PREFIX) :].lower().split(_NESTING))
+        try:
+            yield variable, keys, yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"{variable} is not a valid YAML value: {text!r}") from None
+
+
+def _put(tree: dict[str, Any], keys: tuple[str, ...], value: Any, variable: str) -> None:
+    for key in keys[:-1]:
+        below = tree.setdefault(key, {})
+        if not isinstance(below, dict):
+            raise ConfigError(f"{variable} sets a key below {key!r}, which the file sets to {below!r}")
+        tree = below
+    tree[keys[-1]] = value
+
+
+def _explain(error: ValidationError, origins: Mapping[str, str]) -> str:
+    lines = []
+    for item in error.errors():
+        keys = [str(part) for part in item["loc"]]
+        key = ".".join(keys) or "the configuration"
+        origin = next((o for k, o in origins.items() if k == key or k.startswith(key + ".")), None)
+        where = f" (from {origin})" if origin else ""
+        if item["type"] == "extra_forbidden":
+            lines.append(f"{key}{where}: unknown key. {_suggest(keys)}")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            found = item.get("input")
+            shown = "" if isinstance(found, dict) else f"; found {found!r}"
+            lines.append(f"{key}{where}: {message}{shown}")
+    return "\n".join(lines)
+
+
+def _suggest(keys: list[str]) -> str:
+    model = _model_at(keys[:-1])
+    known = sorted(model.model_fields) if model else []
+    close = difflib.get_close_matches(keys[-1], known, n=1)
+    if close:
+        return f"Did you mean {'.'.join([*keys[:-1], close[0]])}?"
+    for path in _all_keys(Config):
+        if path[-1] == keys[-1]:
+            return f"Did you mean {'.'.join(path)}?"
+    return f"Known keys here: {', '.join(known)}." if known else "See `sluice config schema`."
+
+
+def _model_at(keys: list[str]) -> type[BaseModel] | None:
+    model: type[BaseModel] | None = Config
+    for key in keys:
+        field = model.model_fields.get(key) if model else None
+        model = _nested(field.annotation) if field else None
+    return model
+
+
+def _all_keys(model: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for name, field in model.model_fields.items():
+        yield (*above, name)
+        below = _nested(field.annotation)
+        if below:
+            yield from _all_keys(below, (*above, name))
+
+
+def _nested(annotation: Any) -> type[BaseModel] | None:
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    for option in options:
+        if isinstance(option, type) and issubclass(option, BaseModel):
+            return option
+    return None
+
+
+def _without_runtime(model: BaseModel) -> dict[str, Any]:
+    kept: dict[str, Any] = {}
+    for name, field in type(model).model_fields.items():
+        extra = field.json_schema_extra
+        if isinstance(extra, dict) and extra.get("runtime"):
+            continue
+        value = getattr(model, name)
+        kept[name] = _without_runtime(value) if isinstance(value, BaseModel) else value
+    return kept

@@ -1,0 +1,114 @@
+"""The metric catalogue: every metric that Sluice exports, once. `/metrics`, the docs and dashboards follow it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["gauge", "counter"]
+Combine = Literal["max", "sum", "mean"]
+
+COMMON_LABELS = ("model_name", "engine")
+"""On every metric: the served model's name and the data-parallel index, as vLLM labels its own metrics."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One row of the catalogue.
+
+    Attributes
+    ----------
+    name
+        Full name; counters end in `_total`.
+    kind
+        Prometheus type.
+    help
+        One sentence for `/metrics` and the docs.
+    unit
+        Base unit, or `1` for a pure number, or `activation` for the hidden state's own scale.
+    labels
+        Labels besides `COMMON_LABELS`.
+    combine
+        How the values of several ranks of one engine become one (hidden states are replicated over tensor-parallel
+        ranks, heads are sharded).
+    windowed
+        True for a statistic of the sliding window: it can fall, and it is left out when the window saw nothing.
+    group
+        Section in the docs.
+    """
+
+    name: str
+    kind: Kind
+    help: str
+    unit: str
+    labels: tuple[str, ...]
+    combine: Combine
+    windowed: bool
+    group: str
+
+
+def _gauge(name: str, text: str, unit: str, labels: tuple[str, ...], combine: Combine, group: str) -> Metric:
+    return Metric(f"sluice_{name}", "gauge", text, unit, labels, combine, group not in ("patch", "monitor"), group)
+
+
+def _counter(name: str, text: str, unit: str, labels: tuple[str, ...], combine: Combine, group: str) -> Metric:
+    return Metric(f"sluice_{name}_total", "counter", text, unit, labels, combine, False, group)
+
+
+_LAYER = ("layer",)
+_RANKED = ("layer", "rank")
+
+CATALOGUE: tuple[Metric, ...] = (
+    _gauge("activation_abs_max", "Largest absolute value of the hidden state after the layer, over the window.",
+           "activation", _LAYER, "max", "residual"),
+    _gauge("activation_median",
+           "Median absolute value of the hidden state of sampled tokens; from a histogram, error at most 1.1 %.",
+           "activation", _LAYER, "max", "residual"),
+    _gauge("activation_max_to_median_ratio", "sluice_activation_abs_max divided by sluice_activation_median.",
+           "1", _LAYER, "max", "residual"),
+    _gauge("activation_rms", "Root mean square of the hidden state over tokens and channels.",
+           "activation", _LAYER, "max", "residual"),
+    _gauge("activation_kurtosis", "Kurtosis of the hidden state over tokens and channels (3 for a Gaussian).",
+           "1", _LAYER, "max", "residual"),
+    _gauge("activation_top_abs", "Largest absolute value of the channel that is rank 1, 2 or 3 by that value.",
+           "activation", _RANKED, "max", "residual"),
+    _gauge("activation_top_channel", "Index of the channel behind sluice_activation_top_abs.",
+           "1", _RANKED, "max", "residual"),
+    _counter("massive_activations",
+             "Hidden-state entries above massive_min and massive_ratio times the median, by token position.",
+             "1", ("layer", "position"), "max", "residual"),
+    _counter("nonfinite", "NaN and infinite entries of the hidden state.", "1", _LAYER, "max", "residual"),
+    _gauge("attention_sink_mass", "Mean attention of sampled queries to position 0, over heads.",
+           "1", _LAYER, "mean", "attention"),
+    _gauge("attention_first4_mass", "Mean attention of sampled queries to positions 0 to 3, over heads.",
+           "1", _LAYER, "mean", "attention"),
+    _gauge("attention_sink_heads", "Heads whose mean attention to position 0 is above the sink threshold.",
+           "1", _LAYER, "sum", "attention"),
+    _gauge("attention_heads", "Query heads looked at.", "1", _LAYER, "sum", "attention"),
+    _gauge("attention_entropy_ratio", "Attention entropy divided by the logarithm of the visible keys, over heads.",
+           "1", _LAYER, "mean", "attention"),
+    _gauge("gate_mean", "Mean gate value.", "1", _LAYER, "mean", "gate"),
+    _gauge("gate_closed_ratio", "Share of gates below closed_below (default 0.1).", "1", _LAYER, "mean", "gate"),
+    _counter("tokens_observed", "Tokens that the probes looked at.", "1", ("phase",), "max", "monitor"),
+    _counter("queries_sampled", "Queries whose attention was recomputed.", "1", ("phase",), "max", "monitor"),
+    _gauge("patch_installed", "1 if the patch is built into the model.", "1", ("patch",), "max", "patch"),
+    _gauge("patch_enabled", "1 if the installed patch acts.", "1", ("patch",), "max", "patch"),
+    _gauge("patch_last_change_timestamp_seconds", "When the patch was last switched; absent before the first switch.",
+           "seconds", ("patch",), "max", "patch"),
+    _gauge("generation", "Generation of the run-time state: desired and applied, per rank.",
+           "1", ("rank", "kind"), "max", "patch"),
+    _gauge("snapshot_age_seconds", "Age of the rank's last snapshot.", "seconds", ("rank",), "max", "monitor"),
+    _counter("probe_errors", "Errors inside a probe; the server goes on without it.", "1", ("probe",), "sum", "monitor"),
+    _counter("probe_seconds", "Time that the probe's work outside the compiled graph took in the worker.",
+             "seconds", ("probe",), "sum", "monitor"),
+    _gauge("exported_series", "Series that Sluice exports in this scrape.", "1", (), "sum", "monitor"),
+    _gauge("info", "Always 1; versions and the fingerprint of what is installed as labels.",
+           "1", ("version", "vllm_version", "fingerprint"), "max", "monitor"),
+)  # fmt: skip
+
+BY_NAME = {metric.name: metric for metric in CATALOGUE}
+
+
+def layer_label(layer: int) -> str:
+    """Return the `layer` label: zero-padded, so that text order is layer order."""
+    return f"{layer:03d}"

@@ -1,0 +1,113 @@
+"""Reads every rank's snapshot and turns it into samples, for `/metrics` and for the live page."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric as Family
+from prometheus_client.registry import Collector
+
+from vllm_sluice.telemetry import rundir
+from vllm_sluice.telemetry.catalogue import BY_NAME, CATALOGUE, COMMON_LABELS
+from vllm_sluice.telemetry.snapshot import SUFFIX, Snapshot, SnapshotReader
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One exported value; `labels` includes the common labels."""
+
+    metric: str
+    labels: tuple[tuple[str, str], ...]
+    value: float
+
+
+class SnapshotCollector(Collector):
+    """Collects the snapshots in one folder.
+
+    Snapshots of processes that are gone are left out, so their series end at the next scrape.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._readers: dict[Path, SnapshotReader] = {}
+
+    def snapshots(self) -> list[Snapshot]:
+        """Read all ranks that are alive, in the order of their file names."""
+        found = []
+        paths = sorted(self._folder.glob(f"*{SUFFIX}"))
+        for gone in set(self._readers) - set(paths):
+            del self._readers[gone]
+        for path in paths:
+            try:
+                reader = self._readers.get(path)
+                if reader is None or reader.inode != path.stat().st_ino:
+                    reader = self._readers[path] = SnapshotReader(path)
+            except (OSError, ValueError):
+                continue
+            snapshot = reader.read() if rundir.alive(reader.info.pid) else None
+            if snapshot is not None:
+                found.append(snapshot)
+        return found
+
+    def samples(self) -> list[Sample]:
+        """Return all samples, the ranks of one engine combined as the catalogue says."""
+        grouped: dict[tuple[str, tuple[tuple[str, str], ...]], list[float]] = {}
+        for snapshot in self.snapshots():
+            common = (("model_name", snapshot.info.model_name), ("engine", snapshot.info.engine))
+            for series, value in zip(snapshot.series, snapshot.values.tolist(), strict=True):
+                if not math.isnan(value):
+                    grouped.setdefault((series.metric, common + series.labels), []).append(value)
+            for metric, labels, value in _about(snapshot):
+                grouped.setdefault((metric, common + labels), []).append(value)
+        samples = [Sample(metric, labels, _combine(metric, values)) for (metric, labels), values in grouped.items()]
+        return samples + _series_counts(samples)
+
+    def collect(self) -> Iterator[Family]:
+        """Yield Prometheus metric families in the order of the catalogue."""
+        by_metric: dict[str, list[Sample]] = {}
+        for sample in self.samples():
+            by_metric.setdefault(sample.metric, []).append(sample)
+        for metric in CATALOGUE:
+            labels = [*COMMON_LABELS, *metric.labels]
+            family: Family
+            if metric.kind == "counter":
+                family = CounterMetricFamily(metric.name.removesuffix("_total"), metric.help, labels=labels)
+            else:
+                family = GaugeMetricFamily(metric.name, metric.help, labels=labels)
+            for sample in by_metric.get(metric.name, ()):
+                values = dict(sample.labels)
+                family.add_metric([values[label] for label in labels], sample.value)
+            if family.samples:
+                yield family
+
+    def describe(self) -> Iterable[Family]:
+        """Return nothing: the registry must not collect at registration."""
+        return ()
+
+
+def _about(snapshot: Snapshot) -> Iterator[tuple[str, tuple[tuple[str, str], ...], float]]:
+    info = snapshot.info
+    labels = (("version", info.version), ("vllm_version", info.vllm_version), ("fingerprint", info.fingerprint))
+    yield "sluice_info", labels, 1.0
+    if snapshot.time > 0:
+        yield "sluice_snapshot_age_seconds", (("rank", info.rank),), max(0.0, time.time() - snapshot.time)
+
+
+def _combine(metric: str, values: list[float]) -> float:
+    how = BY_NAME[metric].combine
+    if how == "max":
+        return max(values)
+    return sum(values) if how == "sum" else sum(values) / len(values)
+
+
+def _series_counts(samples: list[Sample]) -> list[Sample]:
+    counts: dict[tuple[tuple[str, str], ...], int] = {}
+    for sample in samples:
+        common = tuple(pair for pair in sample.labels if pair[0] in COMMON_LABELS)
+        counts[common] = counts.get(common, 0) + 1
+    return [Sample("sluice_exported_series", common, float(count + 1)) for common, count in counts.items()]

@@ -1,0 +1,65 @@
+"""The folder that holds the snapshots of one server, found by all its processes through `SLUICE_RUN_DIR`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from vllm_sluice.config import RUN_DIR_VARIABLE, Telemetry
+
+_NAME = "sluice-"
+
+
+def announce(telemetry: Telemetry) -> Path:
+    """Choose the folder in the server's first process; its children inherit the choice. Creates nothing."""
+    chosen = os.environ.get(RUN_DIR_VARIABLE)
+    if not chosen:
+        chosen = telemetry.run_dir or str(_base() / f"{_NAME}{os.getuid()}-{os.getpid()}-{_start_ticks(os.getpid())}")
+        os.environ[RUN_DIR_VARIABLE] = chosen
+    return Path(chosen)
+
+
+def current() -> Path | None:
+    """Return the announced folder, or None in a process where Sluice was not registered."""
+    chosen = os.environ.get(RUN_DIR_VARIABLE)
+    return Path(chosen) if chosen else None
+
+
+def create(folder: Path) -> None:
+    """Create the folder, for the user only, and sweep the folders of servers that are gone."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for other in folder.parent.glob(f"{_NAME}{os.getuid()}-*"):
+        pid, _, ticks = other.name.removeprefix(f"{_NAME}{os.getuid()}-").partition("-")
+        if other != folder and pid.isdigit() and _start_ticks(int(pid)) != ticks:
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def remove(folder: Path) -> None:
+    """Remove the folder and what is in it."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def alive(pid: int) -> bool:
+    """Tell whether a process exists."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _base() -> Path:
+    shared_memory = Path("/dev/shm")
+    return shared_memory if os.access(shared_memory, os.W_OK) else Path(tempfile.gettempdir())
+
+
+def _start_ticks(pid: int) -> str:
+    """Return when a process started, in clock ticks since boot (field 22 of /proc/PID/stat), or '' if it is gone."""
+    with contextlib.suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    return ""

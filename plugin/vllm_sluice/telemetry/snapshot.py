@@ -1,0 +1,133 @@
+"""One memory-mapped file per rank, through which a worker's numbers reach the API processes.
+
+Layout (little endian): 8 bytes magic, u64 sequence number (odd while a write is under way), f64 time of the last
+write (seconds since the epoch), u32 length of the JSON header, the JSON header, and from byte `_BODY` on one f64
+per series. The header names the series once; a write only replaces the numbers, so it costs microseconds and never
+blocks on a reader. NaN means that there is nothing to report.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import struct
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SUFFIX = ".snapshot"
+_MAGIC = b"SLUICE01"
+_FIXED = struct.Struct("<8sQdI")
+
+
+@dataclass(frozen=True)
+class Series:
+    """One series of a rank: a metric of the catalogue and the labels besides the common ones."""
+
+    metric: str
+    labels: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class RankInfo:
+    """Who writes a snapshot.
+
+    Attributes
+    ----------
+    rank
+        Place in the engine, such as `pp0-tp1`.
+    engine
+        Data-parallel index as text.
+    """
+
+    pid: int
+    rank: str
+    engine: str
+    model_name: str
+    version: str
+    vllm_version: str
+    fingerprint: str
+
+
+class SnapshotWriter:
+    """Writes the snapshot of one rank."""
+
+    def __init__(self, path: Path, info: RankInfo, series: Sequence[Series]) -> None:
+        header = json.dumps(
+            {"info": info.__dict__, "series": [[s.metric, list(s.labels)] for s in series]}
+        ).encode()
+        self._body = _align(_FIXED.size + len(header))
+        size = self._body + 8 * max(len(series), 1)
+        partial = path.with_suffix(".partial")
+        with partial.open("wb") as file:
+            file.truncate(size)
+        with partial.open("r+b") as file:
+            self._map = mmap.mmap(file.fileno(), size)
+        self._map[_FIXED.size : _FIXED.size + len(header)] = header
+        self._map[: _FIXED.size] = _FIXED.pack(_MAGIC, 0, 0.0, len(header))
+        self._sequence = np.frombuffer(self._map, np.uint64, 1, 8)
+        self._time = np.frombuffer(self._map, np.float64, 1, 16)
+        self._values = np.frombuffer(self._map, np.float64, len(series), self._body)
+        self._values[:] = np.nan
+        os.replace(partial, path)
+
+    def write(self, values: np.ndarray) -> None:
+        """Replace all numbers; `values` is f64 of shape [series]."""
+        self._sequence[0] += np.uint64(1)
+        self._values[:] = values
+        self._time[0] = time.time()
+        self._sequence[0] += np.uint64(1)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A consistent reading of one rank: `values` is f64 of shape [series]; `time` 0 means never written."""
+
+    info: RankInfo
+    series: tuple[Series, ...]
+    values: np.ndarray
+    time: float
+
+
+class SnapshotReader:
+    """Reads the snapshot of one rank.
+
+    Raises
+    ------
+    ValueError
+        If the file is not a snapshot of this layout.
+    OSError
+        If the file cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            self.inode = os.fstat(file.fileno()).st_ino
+            self._map = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+        magic, _, _, length = _FIXED.unpack(self._map[: _FIXED.size])
+        if magic != _MAGIC:
+            raise ValueError(f"{path} is not a Sluice snapshot")
+        header: dict[str, Any] = json.loads(self._map[_FIXED.size : _FIXED.size + length])
+        self.info = RankInfo(**header["info"])
+        self.series = tuple(Series(m, tuple((k, v) for k, v in labels)) for m, labels in header["series"])
+        self._body = _align(_FIXED.size + length)
+
+    def read(self, attempts: int = 100) -> Snapshot | None:
+        """Return a consistent snapshot, or None if a writer was in the way `attempts` times."""
+        for _ in range(attempts):
+            _, before, written, _ = _FIXED.unpack(self._map[: _FIXED.size])
+            body = self._map[self._body : self._body + 8 * len(self.series)]
+            _, after, _, _ = _FIXED.unpack(self._map[: _FIXED.size])
+            if before == after and before % 2 == 0:
+                return Snapshot(self.info, self.series, np.frombuffer(body, np.float64), written)
+            time.sleep(0)
+        return None
+
+
+def _align(offset: int) -> int:
+    return -(-offset // 8) * 8
