@@ -1,1 +1,3 @@
-"""Sluice."""
+"""Sluice: gated attention and live activation metrics for vLLM."""
+
+__version__ = "0.1.0"

@@ -129,6 +129,8 @@ class Telemetry(_Strict):
     """Time between two snapshots of a rank."""
     window_seconds: Annotated[float, Field(ge=1, le=3600)] = 60.0
     """Length of the sliding window of maxima, means and quantiles; at least two scrape intervals."""
+    detail: Literal["standard", "full"] = "standard"
+    """`standard` exports at most 12 series a layer on /metrics, `full` everything in the catalogue."""
     run_dir: str | None = None
     """Folder of the snapshots, shared by all processes of one server; default: one under /dev/shm per server."""
 

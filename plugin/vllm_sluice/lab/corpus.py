@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 BOS_TOKEN = "<s>"
 EOS_TOKEN = "</s>"
 BOS_ID = 0
+EOS_ID = 1
 
 _TOKENIZER_SAMPLE_CHARS = 12_000_000
 _ENCODE_CHUNK_CHARS = 200_000

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from vllm_sluice.lab.corpus import Rows
 from vllm_sluice.lab.twin import Trace, Twin
@@ -64,7 +65,15 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(twin: Twin, held_out: Rows, *, loss_batches: int, loss_rows: int = 8, trace_rows: int = 64) -> Evaluation:
+def evaluate(
+    twin: Twin,
+    held_out: Rows,
+    *,
+    loss_batches: int,
+    loss_rows: int = 8,
+    trace_rows: int = 64,
+    progress: bool = False,
+) -> Evaluation:
     """Measure a twin on held-out rows, the same rows for every twin.
 
     Parameters
@@ -77,11 +86,13 @@ def evaluate(twin: Twin, held_out: Rows, *, loss_batches: int, loss_rows: int = 
         Number of batches and rows a batch for the loss.
     trace_rows
         Number of rows of 64 tokens for everything else.
+    progress
+        Show a progress bar over the batches of the loss.
     """
     was_training = twin.training
     twin.eval()
     losses = []
-    for index in range(loss_batches):
+    for index in tqdm(range(loss_batches), desc="loss", unit="batch", disable=not progress):
         ids, targets = held_out.batch(_EVALUATION_SEED, index, loss_rows)
         logits = twin(ids).float()
         losses.append(F.cross_entropy(logits.flatten(0, 1), targets.flatten()).item())

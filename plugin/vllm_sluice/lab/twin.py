@@ -74,16 +74,21 @@ class Trace:
 
 
 class RMSNorm(nn.Module):
+    """Root-mean-square normalisation with a learnt scale per channel."""
+
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise `x`, [..., hidden]."""
         return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
 
 
 class Attention(nn.Module):
+    """Causal multi-head attention with rotary positions and, if the config asks for one, the output gate."""
+
     def __init__(self, config: TwinConfig) -> None:
         super().__init__()
         self.config = config
@@ -93,9 +98,11 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(size, size, bias=False)
         self.o_proj = nn.Linear(size, size, bias=False)
         if config.gate_rows:
-            self.output_gate = nn.Linear(size, config.gate_rows, bias=True)
+            # Without nn.Linear's own initialisation, which would move the random state of everything built after it.
+            self.output_gate = nn.utils.skip_init(nn.Linear, size, config.gate_rows, bias=True)
 
     def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], trace: Trace | None) -> torch.Tensor:
+        """Attend within each row of the normalised hidden state `x`, [rows, tokens, hidden]."""
         rows, tokens, _ = x.shape
         shape = (rows, tokens, self.config.heads, self.config.head_dim)
         q = _rotate(self.q_proj(x).view(shape).transpose(1, 2), rope)
@@ -115,10 +122,13 @@ class Attention(nn.Module):
             if trace is not None:
                 trace.gate.append(gate)
             out = out * gate.view(rows, tokens, self.config.heads, -1)
-        return self.o_proj(out.reshape(rows, tokens, -1))
+        projected: torch.Tensor = self.o_proj(out.reshape(rows, tokens, -1))
+        return projected
 
 
 class SwiGLU(nn.Module):
+    """The feed-forward part: `down(silu(gate(x)) * up(x))`."""
+
     def __init__(self, config: TwinConfig) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -126,10 +136,14 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        """Apply to `x`, [rows, tokens, hidden]."""
+        out: torch.Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
 
 
 class DecoderLayer(nn.Module):
+    """Pre-norm attention and feed-forward part around the residual stream."""
+
     def __init__(self, config: TwinConfig) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -138,6 +152,7 @@ class DecoderLayer(nn.Module):
         self.mlp = SwiGLU(config)
 
     def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], trace: Trace | None) -> torch.Tensor:
+        """Add both parts to the residual stream `x`, [rows, tokens, hidden]."""
         x = x + self.self_attn(self.input_layernorm(x), rope, trace)
         x = x + self.mlp(self.post_attention_layernorm(x))
         if trace is not None:
@@ -146,6 +161,8 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Embedding, decoder layers and final norm; the `model.` part of the parameter names."""
+
     def __init__(self, config: TwinConfig) -> None:
         super().__init__()
         self.config = config
@@ -154,11 +171,13 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
 
     def forward(self, ids: torch.Tensor, trace: Trace | None) -> torch.Tensor:
-        x = self.embed_tokens(ids)
+        """Return the final-normed hidden state of `ids`, [rows, tokens, hidden]."""
+        x: torch.Tensor = self.embed_tokens(ids)
         rope = _rope_tables(ids.shape[1], self.config, x.device)
         for layer in self.layers:
             x = layer(x, rope, trace)
-        return self.norm(x)
+        normed: torch.Tensor = self.norm(x)
+        return normed
 
 
 class Twin(nn.Module):
@@ -176,7 +195,7 @@ class Twin(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Normal init for matrices, in an order that gives both twins the same shared weights for one torch seed."""
+        """Draw the matrices, shared ones first, so that both twins share those weights for one torch seed."""
         gates = []
         for name, parameter in self.named_parameters():
             if ".output_gate." in name:
@@ -204,7 +223,8 @@ class Twin(nn.Module):
         torch.Tensor
             Logits, [rows, tokens, vocab_size].
         """
-        return self.lm_head(self.model(ids, trace))
+        logits: torch.Tensor = self.lm_head(self.model(ids, trace))
+        return logits
 
 
 def _rope_tables(tokens: int, config: TwinConfig, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal["gauge", "counter"]
 Combine = Literal["max", "sum", "mean"]
+Detail = Literal["standard", "full"]
 
 COMMON_LABELS = ("model_name", "engine")
 """On every metric: the served model's name and the data-parallel index, as vLLM labels its own metrics."""
@@ -35,6 +37,8 @@ class Metric:
         True for a statistic of the sliding window: it can fall, and it is left out when the window saw nothing.
     group
         Section in the docs.
+    detail
+        `standard`, or `full` for a metric that is exported only with telemetry.detail: full.
     """
 
     name: str
@@ -45,10 +49,15 @@ class Metric:
     combine: Combine
     windowed: bool
     group: str
+    detail: Detail = "standard"
 
 
-def _gauge(name: str, text: str, unit: str, labels: tuple[str, ...], combine: Combine, group: str) -> Metric:
-    return Metric(f"sluice_{name}", "gauge", text, unit, labels, combine, group not in ("patch", "monitor"), group)
+def _gauge(
+    name: str, text: str, unit: str, labels: tuple[str, ...], combine: Combine, group: str,
+    detail: Detail = "standard",
+) -> Metric:
+    windowed = group not in ("patch", "monitor")
+    return Metric(f"sluice_{name}", "gauge", text, unit, labels, combine, windowed, group, detail)
 
 
 def _counter(name: str, text: str, unit: str, labels: tuple[str, ...], combine: Combine, group: str) -> Metric:
@@ -67,11 +76,11 @@ CATALOGUE: tuple[Metric, ...] = (
     _gauge("activation_max_to_median_ratio", "sluice_activation_abs_max divided by sluice_activation_median.",
            "1", _LAYER, "max", "residual"),
     _gauge("activation_rms", "Root mean square of the hidden state over tokens and channels.",
-           "activation", _LAYER, "max", "residual"),
+           "activation", _LAYER, "max", "residual", "full"),
     _gauge("activation_kurtosis", "Kurtosis of the hidden state over tokens and channels (3 for a Gaussian).",
            "1", _LAYER, "max", "residual"),
     _gauge("activation_top_abs", "Largest absolute value of the channel that is rank 1, 2 or 3 by that value.",
-           "activation", _RANKED, "max", "residual"),
+           "activation", _RANKED, "max", "residual", "full"),
     _gauge("activation_top_channel", "Index of the channel behind sluice_activation_top_abs.",
            "1", _RANKED, "max", "residual"),
     _counter("massive_activations",
@@ -81,14 +90,14 @@ CATALOGUE: tuple[Metric, ...] = (
     _gauge("attention_sink_mass", "Mean attention of sampled queries to position 0, over heads.",
            "1", _LAYER, "mean", "attention"),
     _gauge("attention_first4_mass", "Mean attention of sampled queries to positions 0 to 3, over heads.",
-           "1", _LAYER, "mean", "attention"),
+           "1", _LAYER, "mean", "attention", "full"),
     _gauge("attention_sink_heads", "Heads whose mean attention to position 0 is above the sink threshold.",
            "1", _LAYER, "sum", "attention"),
-    _gauge("attention_heads", "Query heads looked at.", "1", _LAYER, "sum", "attention"),
+    _gauge("attention_heads", "Query heads looked at.", "1", _LAYER, "sum", "attention", "full"),
     _gauge("attention_entropy_ratio", "Attention entropy divided by the logarithm of the visible keys, over heads.",
-           "1", _LAYER, "mean", "attention"),
+           "1", _LAYER, "mean", "attention", "full"),
     _gauge("gate_mean", "Mean gate value.", "1", _LAYER, "mean", "gate"),
-    _gauge("gate_closed_ratio", "Share of gates below closed_below (default 0.1).", "1", _LAYER, "mean", "gate"),
+    _gauge("gate_closed_ratio", "Share of gates below closed_below (default 0.1).", "1", _LAYER, "mean", "gate", "full"),
     _counter("tokens_observed", "Tokens that the probes looked at.", "1", ("phase",), "max", "monitor"),
     _counter("queries_sampled", "Queries whose attention was recomputed.", "1", ("phase",), "max", "monitor"),
     _gauge("patch_installed", "1 if the patch is built into the model.", "1", ("patch",), "max", "patch"),
@@ -106,7 +115,18 @@ CATALOGUE: tuple[Metric, ...] = (
            "1", ("version", "vllm_version", "fingerprint"), "max", "monitor"),
 )  # fmt: skip
 
+STANDARD_RANKS = ("1",)
+"""Ranks of `activation_top_channel` that `standard` exports."""
+
 BY_NAME = {metric.name: metric for metric in CATALOGUE}
+
+
+def is_exported(metric: Metric, labels: Mapping[str, str], detail: Detail) -> bool:
+    """Tell whether a series is on /metrics at this level of detail."""
+    if detail == "full":
+        return True
+    ranked = "layer" in labels and "rank" in labels
+    return metric.detail == "standard" and (not ranked or labels["rank"] in STANDARD_RANKS)
 
 
 def layer_label(layer: int) -> str:

@@ -13,7 +13,7 @@ from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
 from vllm_sluice.telemetry import rundir
-from vllm_sluice.telemetry.catalogue import BY_NAME, CATALOGUE, COMMON_LABELS
+from vllm_sluice.telemetry.catalogue import BY_NAME, CATALOGUE, COMMON_LABELS, Detail, is_exported
 from vllm_sluice.telemetry.snapshot import SUFFIX, Snapshot, SnapshotReader
 
 
@@ -32,8 +32,9 @@ class SnapshotCollector(Collector):
     Snapshots of processes that are gone are left out, so their series end at the next scrape.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, detail: Detail = "standard") -> None:
         self._folder = folder
+        self._detail: Detail = detail
         self._readers: dict[Path, SnapshotReader] = {}
 
     def snapshots(self) -> list[Snapshot]:
@@ -55,7 +56,7 @@ class SnapshotCollector(Collector):
         return found
 
     def samples(self) -> list[Sample]:
-        """Return all samples, the ranks of one engine combined as the catalogue says."""
+        """Return all samples at full detail, the ranks of one engine combined as the catalogue says."""
         grouped: dict[tuple[str, tuple[tuple[str, str], ...]], list[float]] = {}
         for snapshot in self.snapshots():
             common = (("model_name", snapshot.info.model_name), ("engine", snapshot.info.engine))
@@ -64,13 +65,13 @@ class SnapshotCollector(Collector):
                     grouped.setdefault((series.metric, common + series.labels), []).append(value)
             for metric, labels, value in _about(snapshot):
                 grouped.setdefault((metric, common + labels), []).append(value)
-        samples = [Sample(metric, labels, _combine(metric, values)) for (metric, labels), values in grouped.items()]
-        return samples + _series_counts(samples)
+        return [Sample(metric, labels, _combine(metric, values)) for (metric, labels), values in grouped.items()]
 
     def collect(self) -> Iterator[Family]:
-        """Yield Prometheus metric families in the order of the catalogue."""
+        """Yield Prometheus metric families in the order of the catalogue, at the configured level of detail."""
+        exported = [s for s in self.samples() if is_exported(BY_NAME[s.metric], dict(s.labels), self._detail)]
         by_metric: dict[str, list[Sample]] = {}
-        for sample in self.samples():
+        for sample in exported + _series_counts(exported):
             by_metric.setdefault(sample.metric, []).append(sample)
         for metric in CATALOGUE:
             labels = [*COMMON_LABELS, *metric.labels]

@@ -1,0 +1,1 @@
+"""Reading gate weights from a checkpoint or from a sidecar file."""

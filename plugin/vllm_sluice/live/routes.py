@@ -1,0 +1,127 @@
+"""The page's HTTP routes, read-only, and the task that feeds its history."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+from fastapi.responses import RedirectResponse, Response
+
+from vllm_sluice.config import Live
+from vllm_sluice.live.history import History
+from vllm_sluice.live.state import describe
+from vllm_sluice.telemetry.collector import SnapshotCollector
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "/plugins/sluice"
+
+_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+_FILES = {
+    "/": ("page.html", "text/html; charset=utf-8"),
+    "/page.js": ("page.js", "text/javascript; charset=utf-8"),
+    "/page.css": ("page.css", "text/css; charset=utf-8"),
+}
+_DISABLED = (
+    "The live page is switched off: the setting live.enabled is false. "
+    "Set it to true (or SLUICE_LIVE__ENABLED=true) and restart the server.\n"
+)
+
+
+def build_router(collector: SnapshotCollector, settings: Live, history: History) -> APIRouter:
+    """Return the routes under `/plugins/sluice`.
+
+    With `settings.enabled` false the page and its data answer 404; the state stays readable.
+
+    Parameters
+    ----------
+    collector
+        Answers `state`.
+    settings
+        Whether there is a page.
+    history
+        Answers `live.json`; `start` keeps it fed.
+    """
+    router = APIRouter(prefix=PREFIX, include_in_schema=False)
+
+    @router.get("/state")
+    def state() -> Response:
+        return _answer(json.dumps(describe(collector)), "application/json")
+
+    if settings.enabled:
+        _add_page(router, history)
+    else:
+        for path in ("", *_FILES, "/live.json"):
+            router.add_api_route(path, _switched_off)
+    return router
+
+
+def start(history: History) -> asyncio.Task[None]:
+    """Start to record a point every `period_seconds`; the caller keeps the task and cancels it at shutdown.
+
+    Errors are logged once per kind and never end the task. With the page switched off it has nothing to do and ends.
+    """
+    return asyncio.create_task(_record_forever(history), name="sluice-live-history")
+
+
+def _add_page(router: APIRouter, history: History) -> None:
+    for path, (name, media_type) in _FILES.items():
+        router.add_api_route(path, _file_endpoint(name, media_type))
+
+    @router.get("")
+    def without_slash() -> Response:
+        # Relative, so that it also holds behind a proxy that adds a path of its own.
+        return RedirectResponse("sluice/", status_code=307, headers=_HEADERS)
+
+    @router.get("/live.json")
+    def live(
+        since: Annotated[float | None, Query(allow_inf_nan=False)] = None,
+        points: Annotated[int | None, Query(ge=1)] = None,
+        engine: str | None = None,
+    ) -> Response:
+        return _answer(history.as_json(since, points, engine), "application/json")
+
+
+def _file_endpoint(name: str, media_type: str) -> Callable[[], Awaitable[Response]]:
+    content = Path(__file__).with_name(name).read_text(encoding="utf-8")
+
+    async def answer() -> Response:
+        return _answer(content, media_type)
+
+    return answer
+
+
+async def _switched_off() -> Response:
+    return _answer(_DISABLED, "text/plain; charset=utf-8", 404)
+
+
+def _answer(content: str, media_type: str, status_code: int = 200) -> Response:
+    return Response(content, status_code, _HEADERS, media_type)
+
+
+async def _record_forever(history: History) -> None:
+    reported: set[type[Exception]] = set()
+    while history.settings.enabled:
+        try:
+            await asyncio.to_thread(history.record)
+        except Exception as error:
+            if type(error) not in reported:
+                reported.add(type(error))
+                logger.warning(
+                    "The live page missed a point of its history; further errors of this kind are not logged.",
+                    exc_info=error,
+                )
+        await asyncio.sleep(history.settings.period_seconds)

@@ -1,0 +1,105 @@
+"""Writes docs/metrics.md from the catalogue of metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import prod
+from pathlib import Path
+
+from vllm_sluice.problem import Problem
+from vllm_sluice.telemetry.catalogue import CATALOGUE, COMMON_LABELS, Metric
+
+LABEL_VALUES: dict[str, tuple[str, ...]] = {
+    "rank": ("1", "2", "3"),
+    "position": ("start", "delimiter", "other"),
+}
+"""Values of the labels that multiply a layer's series."""
+
+_GROUPS = {
+    "residual": (
+        "Hidden states",
+        "The hidden state of layer l is the residual stream after decoder layer l. Every real token counts; padding, "
+        "warm-up and profiling do not. Written by the `residual` probe.",
+    ),
+    "attention": (
+        "Attention",
+        "Exact probabilities of sampled queries, recomputed from the query and the paged KV cache. Written by the "
+        "`attention` probe.",
+    ),
+    "gate": ("Gates", "Values of installed gates, over heads and real tokens. Written by the `gate` probe."),
+    "patch": ("Patches", "What is built into the model, what acts, and whether every rank agrees."),
+    "monitor": ("Sluice itself", "Whether the numbers above are there, fresh and affordable."),
+}
+_COMBINED = {"max": "largest", "sum": "sum", "mean": "mean"}
+_LABELS = """\
+| label | values |
+| --- | --- |
+| `model_name` | served name of the model, as in vLLM's own metrics |
+| `engine` | data-parallel index, as in vLLM's own metrics |
+| `layer` | decoder layer, zero-padded (`007`), so that text order is layer order |
+| `rank` | of `sluice_activation_top_*`: 1, 2, 3; elsewhere the worker's place in its engine, such as `pp0-tp1` |
+| `position` | class of a token: `start` (position 0), `delimiter` or `other` |
+| `phase` | `prefill` or `decode` |
+| `patch`, `probe` | kind of the patch or probe |
+| `kind` | of `sluice_generation`: `desired` or `applied` |
+"""
+_HEAD = """\
+# Metrics
+
+<!-- Made from plugin/vllm_sluice/telemetry/catalogue.py by `make docs`; do not edit. -->
+
+Sluice adds these to the server's own `/metrics`, with one API server and with several.
+
+- **Windowed** metrics describe the last `telemetry.window_seconds` (60 by default). They can fall, a scrape never
+  resets them, and when the window saw nothing they are left out rather than repeated.
+- Counters start at 0 and rise as long as the engine lives.
+- Tensor-parallel and pipeline-parallel ranks of one engine are combined into one series; the column *ranks* says how.
+  Data-parallel engines stay apart by `engine`.
+"""
+
+
+def page() -> str:
+    """Return docs/metrics.md."""
+    parts = [_HEAD, _budget(), "\n## Labels\n\n", _LABELS]
+    for group, (title, text) in _GROUPS.items():
+        rows = [_row(metric) for metric in CATALOGUE if metric.group == group]
+        parts += [f"\n## {title}\n\n{text}\n\n", _table(rows)]
+    return "".join(parts)
+
+
+def check(path: Path, expected: str) -> None:
+    """Raise `Problem` if a file is not the page."""
+    try:
+        found = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise Problem(f"cannot read {path}: {error.strerror}; make it with: make docs") from None
+    if found != expected:
+        raise Problem(f"{path} does not match the catalogue of metrics; make it anew with: make docs")
+
+
+def series_per_layer(group: str | None = None) -> int:
+    """Return how many series a layer has, of one group or of all."""
+    return sum(
+        prod(len(LABEL_VALUES[label]) for label in metric.labels if label != "layer")
+        for metric in CATALOGUE
+        if "layer" in metric.labels and group in (None, metric.group)
+    )
+
+
+def _budget() -> str:
+    counts = [(title.lower(), series_per_layer(group)) for group, (title, _) in _GROUPS.items()]
+    listed = ", ".join(f"{title} {count}" for title, count in counts if count)
+    return f"- A layer has {series_per_layer()} series ({listed}); `sluice_exported_series` counts all of a scrape.\n"
+
+
+def _row(metric: Metric) -> tuple[str, ...]:
+    labels = ", ".join(f"`{label}`" for label in metric.labels if label not in COMMON_LABELS)
+    unit = "number" if metric.unit == "1" else metric.unit
+    windowed = "yes" if metric.windowed else ""
+    return f"`{metric.name}`", metric.kind, unit, labels, windowed, _COMBINED[metric.combine], metric.help
+
+
+def _table(rows: Iterable[tuple[str, ...]]) -> str:
+    head = ("name", "type", "unit", "labels", "windowed", "ranks", "meaning")
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines).replace("|  |", "| |")

@@ -1,0 +1,270 @@
+"""The `gate` patch: `out = SDPA(q, k, v) * sigmoid(W x + b)` before `o_proj` (Qiu et al., arXiv 2505.06708, G1).
+
+The attention block's forward computes the gate's logits from its input and leaves them on the attention layer; the
+attention layer's forward applies them to its output. Both are traced into the same compiled graph, and between the
+pieces of a piecewise graph only the logits travel. Works for every architecture whose block holds a vLLM
+`Attention` layer and calls its input `hidden_states`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from vllm_sluice import compat
+from vllm_sluice.checkpoints import gates
+from vllm_sluice.compat import AttentionSite, Load
+from vllm_sluice.config import GatePatch
+from vllm_sluice.ops.gate import apply_gate, gate_logits
+from vllm_sluice.patches.base import InstalledPatch, PatchError, PatchKind, Report
+
+Granularity = Literal["head", "element"]
+_REMEDY = (
+    "Nothing was changed. `sluice gates inspect FILE` shows what a file holds; to serve without gates set "
+    "patches.gate.source: none (a checkpoint trained with gates then gives wrong output)."
+)
+_NATIVE_GATES = ("g_proj", "gate_proj", "output_gate_proj")
+
+
+class OutputGate(nn.Module):
+    """The gate of one attention layer, its share of heads under tensor parallelism.
+
+    Buffers: `weight` [rows, hidden] and `bias` [rows] in the model's dtype, `enabled` bool scalar shared by all
+    layers. Buffers rather than parameters, so that weight loading and sleep mode leave them alone.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, enabled: torch.Tensor, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+        self.register_buffer("enabled", enabled, persistent=False)
+        self.observer: nn.Module | None = None
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute the gate's logits, [tokens, rows], from the block's input, [..., hidden]."""
+        return gate_logits(x, self.weight, self.bias)
+
+    def forward(self, logits: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Gate the attention output, [tokens, heads * head_size]."""
+        gate = torch.sigmoid(logits.float())
+        if self.observer is not None:
+            self.observer(gate)
+        return apply_gate(out, gate, self.enabled, self.heads)
+
+
+@dataclass(frozen=True)
+class _Planned:
+    site: AttentionSite
+    argument: tuple[int, str]
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Plan:
+    layers: tuple[_Planned, ...]
+    granularity: Granularity
+    origin: str
+
+
+class InstalledGate(InstalledPatch):
+    """The installed `gate` patch."""
+
+    name = "gate"
+
+    def __init__(self, enabled: torch.Tensor, report: Report, layers: dict[int, OutputGate]) -> None:
+        super().__init__(enabled, report)
+        self.layers = layers
+
+
+class GateKind(PatchKind):
+    """Plans and installs gates from a checkpoint or a sidecar file."""
+
+    name = "gate"
+
+    def __init__(self, settings: GatePatch) -> None:
+        self._settings = settings
+        self._tensors: gates.GateTensors | None = None
+        self._granularity: str = settings.granularity
+
+    def begin(self, load: Load) -> None:
+        """Decide where the gates come from, and read a sidecar."""
+        source = self._settings.source
+        declaration = gates.declared(load.hf_config)
+        if load.folds_constants and source != "none" and (source != "auto" or declaration is not None):
+            raise PatchError(
+                self.name,
+                ["Inductor would fold the switch into the graph (max_autotune with VLLM_USE_AOT_COMPILE=0 on the CPU)"],
+                "Drop max_autotune from the compilation config, or set VLLM_USE_AOT_COMPILE=1.",
+            )
+        if source == "checkpoint" or (source == "auto" and declaration is not None):
+            self._tensors = gates.GateTensors("the checkpoint")
+            if self._granularity == "auto" and declaration is not None:
+                self._granularity = str(declaration.get("granularity", "auto"))
+            if self._granularity not in ("auto", "head", "element"):
+                found = f"config.json declares {gates.DECLARATION}.granularity = {self._granularity!r}"
+                raise PatchError(self.name, [f"{found}; head or element expected"], _REMEDY)
+        elif source.endswith(".safetensors"):
+            try:
+                self._tensors = gates.read_sidecar(Path(source))
+            except ValueError as error:
+                raise PatchError(self.name, [str(error)], _REMEDY) from None
+
+    def divert(self, name: str, tensor: torch.Tensor) -> bool:
+        """Take the checkpoint's gate tensors, if the checkpoint is where they come from."""
+        from_checkpoint = self._tensors is not None and not self._settings.source.endswith(".safetensors")
+        return from_checkpoint and self._tensors is not None and self._tensors.take(name, tensor)
+
+    def plan(self, model: nn.Module, load: Load) -> _Plan | None:
+        """Match every attention block with its gate and check all shapes and values."""
+        if self._tensors is None:
+            return None
+        sites = compat.attention_sites(model)
+        if not sites:
+            raise PatchError(self.name, ["the model has no decoder self-attention layer"], _REMEDY)
+        problems: list[str] = []
+        by_block = self._match(sites, load, problems)
+        planned = []
+        for site in sites:
+            found = by_block.get(site.path)
+            if found is None:
+                problems.append(
+                    f"layer {site.layer} ({site.path}): {gates.MODULE}.weight expected, but {self._tensors.origin} "
+                    "has no gate for it"
+                )
+                continue
+            planned += list(self._check(site, found, load, problems))
+        granularity = _common_granularity(planned, problems)
+        if problems:
+            raise PatchError(self.name, problems, _REMEDY)
+        return _Plan(tuple(planned), granularity, self._tensors.origin)
+
+    def install(self, plan: _Plan) -> InstalledGate:
+        """Attach the gates and override the forwards of blocks and attention layers."""
+        device = plan.layers[0].weight.device
+        enabled = torch.tensor(self._settings.enabled, device=device)
+        layers = {}
+        for item in plan.layers:
+            site = item.site
+            gate = OutputGate(item.weight, item.bias, enabled, site.heads)
+            site.attention.sluice_gate = gate
+            site.attention.sluice_gate_logits = None
+            compat.override_forward(site.block, _leave_logits(site.attribute, item.argument))
+            compat.override_forward(site.attention, _apply_logits)
+            layers[site.layer] = gate
+        detail = f"{plan.granularity}-wise gates on {len(layers)} layers from {plan.origin}"
+        return InstalledGate(enabled, Report(self.name, tuple(layers), detail), layers)
+
+    def _match(self, sites: list[AttentionSite], load: Load, problems: list[str]) -> dict[str, gates.Gate]:
+        assert self._tensors is not None
+        exact = {site.path: site.path for site in sites}
+        loose = {gates.canonical(site.path).removesuffix(".mla_attn"): site.path for site in sites}
+        matched: dict[str, gates.Gate] = {}
+        for block, gate in self._tensors.items():
+            path = exact.get(block) or loose.get(gates.canonical(block))
+            if path is not None:
+                matched[path] = gate
+            elif not _on_another_stage(block, load):
+                problems.append(
+                    f"{block}.{gates.MODULE} in {self._tensors.origin}: no such attention block in the model "
+                    f"(it has {sites[0].path} to {sites[-1].path})"
+                )
+        return matched
+
+    def _check(
+        self, site: AttentionSite, gate: gates.Gate, load: Load, problems: list[str]
+    ) -> Iterator[_Planned]:
+        where = f"layer {site.layer} ({site.path})"
+        native = next((n for n in _NATIVE_GATES if hasattr(site.block, n)), None)
+        if native or getattr(site.block, "attn_output_gate", False):
+            problems.append(f"{where}: the architecture already gates its attention ({native or 'attn_output_gate'})")
+            return
+        try:
+            argument = compat.hidden_states_argument(site.block)
+        except LookupError as error:
+            problems.append(f"{where}: {error}")
+            return
+        hidden = int(load.vllm_config.model_config.get_hidden_size())
+        rank, ranks = compat.tensor_parallel()
+        weight, bias = gate.weight, gate.bias
+        if weight is None:
+            problems.append(f"{where}: {gates.MODULE}.bias is there but {gates.MODULE}.weight is missing")
+            return
+        allowed = self._allowed_rows(site, ranks)
+        if weight.dim() != 2 or weight.shape[1] != hidden or weight.shape[0] not in allowed:
+            rows = " or ".join(f"[{r}, {hidden}] ({g})" for r, g in allowed.items())
+            problems.append(f"{where}: {gates.MODULE}.weight has shape {list(weight.shape)}, expected {rows}")
+            return
+        if bias is None:
+            bias = torch.zeros(weight.shape[0])
+        if list(bias.shape) != [weight.shape[0]]:
+            problems.append(
+                f"{where}: {gates.MODULE}.bias has shape {list(bias.shape)}, expected [{weight.shape[0]}]"
+            )
+            return
+        for part, tensor in (("weight", weight), ("bias", bias)):
+            bad = int((~torch.isfinite(tensor.float())).sum())
+            if bad:
+                problems.append(f"{where}: {gates.MODULE}.{part} has {bad} NaN or infinite values, expected none")
+                return
+        device = next(site.block.parameters()).device
+        local = weight.shape[0] // ranks
+        part = slice(rank * local, (rank + 1) * local)
+        yield _Planned(
+            site,
+            argument,
+            weight[part].to(device=device, dtype=load.dtype).contiguous(),
+            bias[part].to(device=device, dtype=load.dtype).contiguous(),
+        )
+
+    def _allowed_rows(self, site: AttentionSite, ranks: int) -> dict[int, Granularity]:
+        heads = site.heads * ranks
+        rows: dict[int, Granularity] = {heads: "head", heads * site.head_size: "element"}
+        return {r: g for r, g in rows.items() if self._granularity in ("auto", g)}
+
+
+def _common_granularity(planned: list[_Planned], problems: list[str]) -> Granularity:
+    kinds: dict[Granularity, int] = {}
+    for item in planned:
+        kinds["head" if item.weight.shape[0] == item.site.heads else "element"] = item.site.layer
+    if len(kinds) > 1:
+        problems.append(f"layer {kinds['head']} has head-wise and layer {kinds['element']} element-wise gates")
+    return next(iter(kinds), "head")
+
+
+def _on_another_stage(block: str, load: Load) -> bool:
+    if load.pipeline_stages == 1:
+        return False
+    try:
+        return compat.layer_index(block) < int(load.hf_config.get_text_config().num_hidden_layers)
+    except ValueError:
+        return False
+
+
+def _leave_logits(attribute: str, argument: tuple[int, str]) -> Any:
+    index, name = argument
+
+    def make(original: Any) -> Any:
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            attention: Any = getattr(self, attribute)
+            attention.sluice_gate_logits = attention.sluice_gate.logits(kwargs[name] if name in kwargs else args[index])
+            out = original(self, *args, **kwargs)
+            attention.sluice_gate_logits = None
+            return out
+
+        return forward
+
+    return make
+
+
+def _apply_logits(original: Any) -> Any:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.sluice_gate(self.sluice_gate_logits, original(self, *args, **kwargs))
+
+    return forward

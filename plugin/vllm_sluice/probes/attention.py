@@ -1,0 +1,161 @@
+"""The `attention` probe: exact attention probabilities of sampled queries.
+
+The attention kernel keeps no probabilities. The graph copies the queries of a few sampled rows; right after the
+forward pass their probabilities are recomputed from the paged KV cache, whose blocks no later step has touched yet.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from vllm_sluice import compat
+from vllm_sluice.compat import AttentionShape, AttentionSite, Batch
+from vllm_sluice.config import AttentionProbe
+from vllm_sluice.ops.attention import probabilities, summarise
+from vllm_sluice.probes.base import Probe, Record, Reduction
+from vllm_sluice.telemetry.catalogue import layer_label
+from vllm_sluice.telemetry.snapshot import Series
+
+_METRICS = ("sink_mass", "first4_mass", "entropy_ratio", "sink_heads", "heads")
+
+
+class QueryCopy(nn.Module):
+    """Copies the sampled rows of a layer's queries into a fixed buffer, [queries, heads, head_dim]."""
+
+    def __init__(self, site: AttentionSite, sample: torch.Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        width = int(site.attention.head_size)
+        self.register_buffer("sample", sample, persistent=False)
+        buffer = torch.zeros(len(sample), site.heads, width, dtype=dtype, device=sample.device)
+        self.register_buffer("queries", buffer, persistent=False)
+
+    def forward(self, query: torch.Tensor) -> None:
+        """Copy; traced into the model's graph. `query` is [tokens, heads * head_dim] or [tokens, heads, head_dim]."""
+        _, heads, width = self.queries.shape
+        self.queries.copy_(query.view(-1, heads, width).index_select(0, self.sample))
+
+
+class InstalledAttention(Probe):
+    """The installed `attention` probe of one rank."""
+
+    kind = "attention"
+    reductions: ClassVar[dict[str, Reduction]] = {"sums": "sum", "queries": "sum", "phases": "sum"}
+
+    def __init__(self, settings: AttentionProbe, sites: list[AttentionSite], dtype: torch.dtype,
+                 device: torch.device) -> None:
+        self.enabled = settings.enabled
+        self.every = settings.every
+        self._settings = settings
+        self._sites = sites
+        self._shapes: list[AttentionShape] = [compat.attention_shape(site.attention) for site in sites]
+        self._sample = torch.zeros(settings.queries, dtype=torch.int64, device=device)
+        self._copies = [QueryCopy(site, self._sample, dtype) for site in sites]
+        heads = max(site.heads for site in sites)
+        self._sums = torch.zeros(len(sites), 3, heads, dtype=torch.float64, device=device)
+        self._queries = torch.zeros(len(sites), dtype=torch.int64, device=device)
+        self._phases = np.zeros(2, dtype=np.int64)
+        self._passes = 0
+        self._chosen = np.zeros(0, dtype=np.int64)
+        for site, copy in zip(sites, self._copies, strict=True):
+            site.attention.sluice_query_copy = copy
+            compat.override_forward(site.attention, _copy_query)
+
+    def before(self, batch: Batch) -> None:
+        """Choose the queries of this pass: spread evenly over those past position 0 and within max_context."""
+        self._passes += 1
+        self._chosen = self._chosen[:0]
+        if not batch.attention or (self._passes - 1) % self.every:
+            return
+        rows = np.arange(batch.tokens)
+        position = batch.position_of(rows)
+        eligible = rows[(position >= 1) & (position < self._settings.max_context)]
+        count = min(len(self._sample), len(eligible))
+        if count == 0:
+            return
+        self._chosen = eligible[((np.arange(count) + 0.5) * len(eligible) / count).astype(np.int64)]
+        padded = np.zeros(len(self._sample), dtype=np.int64)
+        padded[:count] = self._chosen
+        self._sample.copy_(torch.from_numpy(padded), non_blocking=True)
+
+    def after(self, batch: Batch) -> None:
+        """Recompute the probabilities of the chosen queries and add their summaries."""
+        if len(self._chosen) == 0:
+            return
+        request, position = batch.request_of(self._chosen), batch.position_of(self._chosen)
+        device = self._sample.device
+        requests = torch.from_numpy(request.astype(np.int64)).to(device, non_blocking=True)
+        positions = torch.from_numpy(position.astype(np.int64)).to(device, non_blocking=True)
+        longest = int(position.max()) + 1
+        for index, (site, shape, copy) in enumerate(zip(self._sites, self._shapes, self._copies, strict=True)):
+            counted = torch.ones_like(positions)
+            if shape.window:  # position 0 has left the window of later queries: they say nothing about the sink
+                counted = (positions < shape.window).long()
+            blocks = -(-longest // site.attention.kv_cache.shape[2])
+            table = compat.block_table(batch.attention[site.name])[requests, :blocks].long()
+            keys = compat.cached_keys(site.attention, table)
+            probability = probabilities(
+                copy.queries[: len(positions)], keys, positions, shape.scale, shape.soft_cap
+            )
+            summary = summarise(probability, positions).double() * counted.view(1, -1, 1)
+            self._sums[index, :, : site.heads] += summary.sum(dim=1)
+            self._queries[index] += counted.sum()
+        prefill = int((batch.computed[request] + (self._chosen - batch.starts[request]) < batch.prompts[request]).sum())
+        self._phases += (prefill, len(self._chosen) - prefill)
+        self._sample.zero_()
+
+    def take(self) -> dict[str, torch.Tensor]:
+        """Return and reset: sums [L, 3, heads], queries [L], phases [2] (prefill, decode)."""
+        taken = {
+            "sums": self._sums.clone(),
+            "queries": self._queries.clone(),
+            "phases": torch.from_numpy(self._phases.copy()),
+        }
+        self._sums.zero_()
+        self._queries.zero_()
+        self._phases[:] = 0
+        return taken
+
+    def series(self) -> list[Series]:
+        """Name the series: layer by layer, then the queries sampled by phase."""
+        named = []
+        for site in self._sites:
+            named += [
+                Series(f"sluice_attention_{name}", (("layer", layer_label(site.layer)),)) for name in _METRICS
+            ]
+        return named + [Series("sluice_queries_sampled_total", (("phase", p),)) for p in ("prefill", "decode")]
+
+    def values(self, window: Record | None, total: Record | None) -> np.ndarray:
+        """Fill the series; a head is a sink head if its mean mass over the window is above the threshold."""
+        layers = np.full((len(self._sites), len(_METRICS)), np.nan)
+        if window is not None:
+            for index, site in enumerate(self._sites):
+                count = window["queries"][index]
+                if count:
+                    mean = window["sums"][index, :, : site.heads] / count
+                    sinks = (mean[0] > self._settings.sink_threshold).sum()
+                    layers[index] = [*mean.mean(axis=1), sinks, site.heads]
+        phases = np.zeros(2) if total is None else total["phases"]
+        return np.concatenate([layers.reshape(-1), phases])
+
+
+def sampling_problem(site: AttentionSite) -> str | None:
+    """Say why a layer's attention cannot be recomputed, or None if it can."""
+    if site.is_mla:
+        return "multi-head latent attention keeps latent keys"
+    try:
+        compat.attention_shape(site.attention)
+    except NotImplementedError as error:
+        return str(error)
+    return None
+
+
+def _copy_query(original: Any) -> Any:
+    def forward(self: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.sluice_query_copy(query)
+        return original(self, query, *args, **kwargs)
+
+    return forward

@@ -1,0 +1,97 @@
+"""Installs the probes that the configuration asks for. A probe that cannot be installed is reported, not fatal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch import nn
+
+from vllm_sluice import compat
+from vllm_sluice.compat import Load
+from vllm_sluice.config import Config
+from vllm_sluice.patches.base import InstalledPatch
+from vllm_sluice.patches.gate import InstalledGate
+from vllm_sluice.probes.attention import InstalledAttention, sampling_problem
+from vllm_sluice.probes.base import Probe
+from vllm_sluice.probes.gate import InstalledGateProbe
+from vllm_sluice.probes.residual import InstalledResidual
+from vllm_sluice.probes.rows import Rows, delimiter_ids
+from vllm_sluice.probes.taps import find_taps
+
+PROBE_KINDS = ("residual", "attention", "gate")
+
+
+class ProbeUnavailable(RuntimeError):
+    """A probe cannot measure this model; the message says why."""
+
+
+class ProbeSet:
+    """The installed probes of one rank, the rows they look at, and why others are missing."""
+
+    def __init__(self, config: Config, model: nn.Module, load: Load, patches: Mapping[str, InstalledPatch]) -> None:
+        self.installed: list[Probe] = []
+        self.unavailable: dict[str, str] = {}
+        self.rows: Rows | None = None
+        probes = config.probes
+        wanted: dict[str, Callable[[], Probe]] = {}
+        if probes.residual.install:
+            wanted["residual"] = lambda: self._residual(config, model, load)
+        if probes.attention.install:
+            wanted["attention"] = lambda: self._attention(config, model, load)
+        if probes.gate.install and "gate" in patches:
+            wanted["gate"] = lambda: self._gate(config, model, load, patches["gate"])
+        for kind, build in wanted.items():
+            try:
+                self._check(load)
+                self.installed.append(build())
+            except Exception as error:  # a probe must never stop the server; the reason is exported and logged
+                self.unavailable[kind] = f"{type(error).__name__}: {error}"
+                compat.logger.warning("sluice: no %s probe: %s", kind, self.unavailable[kind], exc_info=True)
+        if self.installed:
+            compat.logger.info("sluice: probes installed: %s", ", ".join(probe.kind for probe in self.installed))
+
+    @staticmethod
+    def _check(load: Load) -> None:
+        if load.uses_runner_v2:
+            raise ProbeUnavailable(
+                "vLLM's model runner V2 is not supported by probes yet; start with VLLM_USE_V2_MODEL_RUNNER=0"
+            )
+        if load.microbatches:
+            raise ProbeUnavailable("dual-batch overlap splits a batch in ways that probes do not follow")
+
+    def _shared_rows(self, config: Config, model: nn.Module, load: Load) -> Rows:
+        if self.rows is None:
+            device = next(model.parameters()).device
+            try:
+                texts = load.token_texts()
+            except Exception as error:
+                compat.logger.warning("sluice: no tokenizer, so no token counts as a delimiter: %s", error)
+                texts = [""]
+            ids = delimiter_ids(texts, config.probes.residual.delimiters)
+            self.rows = Rows(load.max_tokens, ids, len(texts), device)
+        return self.rows
+
+    def _residual(self, config: Config, model: nn.Module, load: Load) -> Probe:
+        taps = find_taps(model, load)
+        hidden = int(load.vllm_config.model_config.get_hidden_size())
+        rows = self._shared_rows(config, model, load)
+        return InstalledResidual(config.probes.residual, taps, hidden, rows, load.dtype)
+
+    def _attention(self, config: Config, model: nn.Module, load: Load) -> Probe:
+        usable, problems = [], []
+        for site in compat.attention_sites(model):
+            problem = sampling_problem(site)
+            if problem is None:
+                usable.append(site)
+            else:
+                problems.append(f"layer {site.layer}: {problem}")
+        if problems:
+            compat.logger.warning("sluice: attention is not sampled on %s", "; ".join(problems))
+        if not usable:
+            raise ProbeUnavailable("no layer's attention can be recomputed")
+        return InstalledAttention(config.probes.attention, usable, load.dtype, next(model.parameters()).device)
+
+    def _gate(self, config: Config, model: nn.Module, load: Load, patch: InstalledPatch) -> Probe:
+        if not isinstance(patch, InstalledGate):
+            raise ProbeUnavailable("the gate patch is not installed")
+        return InstalledGateProbe(config.probes.gate, patch, self._shared_rows(config, model, load))

@@ -1,0 +1,161 @@
+"""The `residual` probe: statistics of the hidden state after every decoder layer.
+
+In the graph: largest |h| of each channel, four moments, counts (all tokens), and copies of a few sampled rows. Right
+after the forward pass: the sampled rows enter a histogram, from which the median is read (error at most 1.1 %).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from vllm_sluice.compat import Batch
+from vllm_sluice.config import ResidualProbe
+from vllm_sluice.ops.histogram import BINS, add_to_histogram, quantile
+from vllm_sluice.ops.residual import POSITION_CLASSES, accumulate
+from vllm_sluice.probes.base import Probe, Record, Reduction
+from vllm_sluice.probes.rows import Rows
+from vllm_sluice.probes.taps import Tap, listen
+from vllm_sluice.telemetry.catalogue import layer_label
+from vllm_sluice.telemetry.snapshot import Series
+
+TOP = 3
+_PER_LAYER = ("abs_max", "median", "max_to_median_ratio", "rms", "kurtosis")
+
+
+class ResidualObserver(nn.Module):
+    """Accumulators of one layer; called in the graph with the hidden state, [tokens, hidden]."""
+
+    def __init__(self, hidden: int, rows: Rows, sample: torch.Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        device = rows.device
+        self.register_buffer("classes", rows.classes("residual"), persistent=False)
+        self.register_buffer("sample", sample, persistent=False)
+        self.register_buffer("threshold", torch.full((1,), torch.inf, device=device), persistent=False)
+        self.register_buffer("channel_max", torch.zeros(hidden, device=device), persistent=False)
+        self.register_buffer("moments", torch.zeros(4, dtype=torch.float64, device=device), persistent=False)
+        self.register_buffer("counts", torch.zeros(6, dtype=torch.int64, device=device), persistent=False)
+        self.register_buffer("sampled", torch.zeros(len(sample), hidden, dtype=dtype, device=device), persistent=False)
+
+    def forward(self, hidden: torch.Tensor) -> None:
+        """Accumulate; traced into the model's graph."""
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        accumulate(
+            hidden, self.classes[: hidden.shape[0]], self.threshold, self.channel_max, self.moments, self.counts
+        )
+        self.sampled.copy_(hidden.index_select(0, self.sample))
+
+
+class InstalledResidual(Probe):
+    """The installed `residual` probe of one rank."""
+
+    kind = "residual"
+    reductions: ClassVar[dict[str, Reduction]] = {
+        "channel_max": "max", "moments": "sum", "counts": "sum", "histogram": "sum", "phases": "sum",
+    }  # fmt: skip
+
+    def __init__(self, settings: ResidualProbe, taps: list[Tap], hidden: int, rows: Rows, dtype: torch.dtype) -> None:
+        device = rows.device
+        self.enabled = settings.enabled
+        self._settings = settings
+        self._layers = [tap.layer for tap in taps]
+        self._hidden = hidden
+        self._sample = torch.zeros(settings.sample_rows, dtype=torch.int64, device=device)
+        self._weight = torch.zeros(settings.sample_rows, dtype=torch.int64, device=device)
+        self._histogram = torch.zeros(len(taps), BINS, dtype=torch.int64, device=device)
+        self._phases = np.zeros(2, dtype=np.int64)
+        self._observers = [ResidualObserver(hidden, rows, self._sample, dtype) for _ in taps]
+        for tap, observer in zip(taps, self._observers, strict=True):
+            listen(tap, observer)
+
+    def before(self, batch: Batch) -> None:
+        """Spread the sampled rows evenly over the batch."""
+        size = len(self._sample)
+        count = min(size, batch.tokens)
+        chosen = np.zeros(size, dtype=np.int64)
+        chosen[:count] = ((np.arange(count) + 0.5) * batch.tokens / count).astype(np.int64)
+        weight = (np.arange(size) < count).astype(np.int64)
+        self._sample.copy_(torch.from_numpy(chosen), non_blocking=True)
+        self._weight.copy_(torch.from_numpy(weight), non_blocking=True)
+
+    def after(self, batch: Batch) -> None:
+        """Add the sampled rows to the histogram."""
+        sampled = torch.stack([observer.sampled for observer in self._observers]).float().abs()
+        add_to_histogram(self._histogram, sampled, self._weight)
+        self._phases += (batch.prefill_tokens, batch.tokens - batch.prefill_tokens)
+        self._sample.zero_()
+
+    def take(self) -> dict[str, torch.Tensor]:
+        """Return and reset: channel_max [L, hidden], moments [L, 4], counts [L, 6], histogram [L, BINS], phases [2]."""
+        taken = {
+            name: torch.stack([getattr(observer, name) for observer in self._observers])
+            for name in ("channel_max", "moments", "counts")
+        }
+        taken["histogram"] = self._histogram.clone()
+        for observer in self._observers:
+            observer.channel_max.zero_()
+            observer.moments.zero_()
+            observer.counts.zero_()
+        taken["phases"] = torch.from_numpy(self._phases.copy())
+        self._histogram.zero_()
+        self._phases[:] = 0
+        return taken
+
+    def steer(self, window: Record) -> None:
+        """Set the massive-activation threshold of each layer from the window's median."""
+        for observer, median in zip(self._observers, quantile(window["histogram"], 0.5).tolist(), strict=True):
+            if not np.isnan(median):
+                observer.threshold.fill_(max(self._settings.massive_min, self._settings.massive_ratio * median))
+
+    def series(self) -> list[Series]:
+        """Name the series: layer by layer, then the tokens looked at by phase."""
+        named = []
+        for layer in self._layers:
+            label = ("layer", layer_label(layer))
+            named += [Series(f"sluice_activation_{name}", (label,)) for name in _PER_LAYER]
+            for name in ("top_abs", "top_channel"):
+                named += [
+                    Series(f"sluice_activation_{name}", (label, ("rank", str(rank + 1)))) for rank in range(TOP)
+                ]
+            named.append(Series("sluice_nonfinite_total", (label,)))
+            named += [
+                Series("sluice_massive_activations_total", (label, ("position", name))) for name in POSITION_CLASSES
+            ]
+        return named + [Series("sluice_tokens_observed_total", (("phase", p),)) for p in ("prefill", "decode")]
+
+    def values(self, window: Record | None, total: Record | None) -> np.ndarray:
+        """Fill the series."""
+        layers = len(self._layers)
+        out = np.full((layers, len(_PER_LAYER) + 2 * TOP + 4), np.nan)
+        if window is not None:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                out[:, : len(_PER_LAYER) + 2 * TOP] = self._window_values(window)
+            out[window["counts"][:, 0] == 0] = np.nan
+        counts = np.zeros((layers, 6)) if total is None else total["counts"]
+        out[:, -4] = counts[:, 1]
+        out[:, -3:] = counts[:, 3:6]
+        phases = np.zeros(2) if total is None else total["phases"]
+        return np.concatenate([out.reshape(-1), phases])
+
+    def _window_values(self, window: Record) -> np.ndarray:
+        channel_max = window["channel_max"].astype(np.float64)
+        median = quantile(window["histogram"], 0.5)
+        mean, second, third, fourth = (window["moments"] / window["counts"][:, 2:3]).T
+        variance = second - mean**2
+        central = fourth - 4 * mean * third + 6 * mean**2 * second - 3 * mean**4
+        largest = channel_max.max(axis=1)
+        top = np.argsort(-channel_max, axis=1, kind="stable")[:, :TOP]
+        return np.column_stack(
+            [
+                largest,
+                median,
+                largest / median,
+                np.sqrt(second),
+                central / variance**2,
+                np.take_along_axis(channel_max, top, axis=1),
+                top.astype(np.float64),
+            ]
+        )

@@ -1,0 +1,57 @@
+"""Which rows of the coming forward pass are real tokens, and of what kind; shared by all probes of a rank.
+
+The compiled graph reads `classes(probe)[:n]`. It says `IGNORED` everywhere except during a real forward pass, so that
+padding, warm-up, profiling and graph capture leave no trace in any statistic.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_sluice.compat import Batch
+from vllm_sluice.ops.residual import DELIMITER, IGNORED, OTHER, START
+
+
+class Rows:
+    """Position classes of the rows of a batch, int8 on the device, [max_tokens]; a copy for every probe."""
+
+    def __init__(self, max_tokens: int, delimiter_ids: list[int], vocabulary: int, device: torch.device) -> None:
+        self._max_tokens = max_tokens
+        self._classes: dict[str, torch.Tensor] = {}
+        self._is_delimiter = torch.zeros(vocabulary, dtype=torch.bool, device=device)
+        self._is_delimiter[torch.tensor(delimiter_ids, dtype=torch.int64, device=device)] = True
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the model."""
+        return self._is_delimiter.device
+
+    def classes(self, probe: str) -> torch.Tensor:
+        """Return the position classes that a probe reads in the graph; the same tensor for the same probe."""
+        if probe not in self._classes:
+            ignored = torch.full((self._max_tokens,), IGNORED, dtype=torch.int8, device=self.device)
+            self._classes[probe] = ignored
+        return self._classes[probe]
+
+    def mark(self, batch: Batch, probes: list[str]) -> None:
+        """Classify the real rows of a batch, for the named probes only."""
+        n = batch.tokens
+        found = torch.full((n,), OTHER, dtype=torch.int8, device=self.device)
+        if batch.ids is not None:
+            ids = batch.ids[:n].long().clamp(0, len(self._is_delimiter) - 1)
+            found.masked_fill_(self._is_delimiter[ids], DELIMITER)
+        found.masked_fill_(batch.positions[:n] == 0, START)
+        for probe in probes:
+            if probe in self._classes:
+                self._classes[probe][:n] = found
+
+    def clear(self, batch: Batch) -> None:
+        """Ignore all rows again."""
+        for classes in self._classes.values():
+            classes[: batch.tokens].fill_(IGNORED)
+
+
+def delimiter_ids(texts: list[str], delimiters: tuple[str, ...]) -> list[int]:
+    """Return the ids whose text, blanks stripped, is one of `delimiters`."""
+    wanted = set(delimiters)
+    return [index for index, text in enumerate(texts) if text.strip(" ") in wanted]

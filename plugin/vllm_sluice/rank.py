@@ -1,0 +1,265 @@
+"""All of Sluice that lives in one worker: installed patches and probes, run-time state, and the snapshot.
+
+The step path only marks rows and copies a few indices. Taking the accumulators, combining windows and writing the
+snapshot happen once per interval in a thread; a lock keeps it from a forward pass under way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_sluice import compat
+from vllm_sluice.compat import Batch, Load
+from vllm_sluice.config import Config
+from vllm_sluice.patches.base import InstalledPatch
+from vllm_sluice.patches.installer import patch_kinds
+from vllm_sluice.probes.base import Probe
+from vllm_sluice.probes.installer import PROBE_KINDS, ProbeSet
+from vllm_sluice.probes.window import Window
+from vllm_sluice.telemetry import rundir
+from vllm_sluice.telemetry.snapshot import SUFFIX, RankInfo, Series, SnapshotWriter
+
+_ERRORS_BEFORE_OFF = 10
+
+
+class Rank:
+    """Runs beside one loaded model, under `compat.RUNTIME_ATTRIBUTE`."""
+
+    def __init__(
+        self, config: Config, load: Load, patches: Mapping[str, InstalledPatch], probes: ProbeSet, folder: Path,
+        info: RankInfo,
+    ) -> None:
+        self._patches = patches
+        self._probes = probes.installed
+        self._rows = probes.rows
+        self._unavailable = probes.unavailable
+        self._kinds = [kind.name for kind in patch_kinds(config)]
+        self._info = info
+        self._lock = threading.Lock()
+        self._publishing = threading.Lock()
+        self._windows = {p.kind: Window(type(p), config.telemetry.window_seconds) for p in self._probes}
+        self._passes_since_take = 0
+        self._errors = dict.fromkeys(PROBE_KINDS, 0) | dict.fromkeys(self._unavailable, 1)
+        self._seconds = dict.fromkeys(PROBE_KINDS, 0.0)
+        self._desired = self._applied = 0
+        self._changed: dict[str, float] = {}
+        self._stream: Any = None
+        series = self._own_series() + [s for probe in self._probes for s in probe.series()]
+        rundir.create(folder)
+        path = folder / f"dp{info.engine}-{info.rank}{SUFFIX}"
+        self._writer = SnapshotWriter(path, info, series)
+        weakref.finalize(self, _remove, path)
+        self.publish()
+        threading.Thread(
+            target=_publish_forever,
+            args=(weakref.ref(self), config.telemetry.interval_seconds),
+            name="sluice-snapshot",
+            daemon=True,
+        ).start()
+
+    # -------------------------------------------------------------------------------------------- the step path
+    def forward(self, describe: Callable[[], Batch], run: Callable[[], Any]) -> Any:
+        """Run one real forward pass with the probes around it."""
+        probes = [probe for probe in self._probes if probe.enabled]
+        if not probes:
+            return run()
+        with self._lock:
+            batch = self._before(probes, describe)
+            try:
+                return run()
+            finally:
+                if batch is not None:
+                    self._after(probes, batch)
+
+    def _before(self, probes: list[Probe], describe: Callable[[], Batch]) -> Batch | None:
+        try:
+            batch = describe()
+            if self._rows is not None:
+                self._rows.mark(batch, [probe.kind for probe in probes])
+        except Exception:
+            for probe in probes:
+                self._failed(probe)
+            return None
+        for probe in probes:
+            self._guarded(probe, probe.before, batch)
+        return batch
+
+    def _after(self, probes: list[Probe], batch: Batch) -> None:
+        if batch.positions.is_cuda:
+            self._stream = torch.cuda.current_stream()
+        if self._rows is not None:
+            self._rows.clear(batch)
+        for probe in probes:
+            self._guarded(probe, probe.after, batch)
+        self._passes_since_take += 1
+
+    def _guarded(self, probe: Probe, step: Callable[[Batch], None], batch: Batch) -> None:
+        began = time.perf_counter()
+        try:
+            step(batch)
+        except Exception:
+            self._failed(probe)
+        self._seconds[probe.kind] += time.perf_counter() - began
+
+    def _failed(self, probe: Probe) -> None:
+        self._errors[probe.kind] += 1
+        if self._errors[probe.kind] == 1:
+            compat.logger.exception("sluice: error in the %s probe; the server goes on", probe.kind)
+        if self._errors[probe.kind] >= _ERRORS_BEFORE_OFF:
+            probe.enabled = False
+            compat.logger.error("sluice: the %s probe is off after %d errors", probe.kind, _ERRORS_BEFORE_OFF)
+
+    # -------------------------------------------------------------------------------------------- the snapshot
+    def publish(self) -> None:
+        """Take the accumulators if there was a forward pass, slide the windows and write the snapshot."""
+        with self._publishing:
+            taken = self._take()
+            now = time.monotonic()
+            values = [self._own_values()]
+            for probe in self._probes:
+                window = self._windows[probe.kind]
+                if probe.kind in taken:
+                    window.add(taken[probe.kind], now)
+                current = window.current(now)
+                if probe.kind in taken and current is not None:
+                    with self._lock:
+                        probe.steer(current)
+                values.append(probe.values(current, window.total))
+            self._writer.write(np.concatenate(values))
+
+    def _take(self) -> dict[str, dict[str, np.ndarray]]:
+        with self._lock, torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
+            if self._passes_since_take == 0:
+                return {}
+            self._passes_since_take = 0
+            tensors = {probe.kind: probe.take() for probe in self._probes}
+            hosts = {
+                kind: {name: tensor.to("cpu", non_blocking=True) for name, tensor in taken.items()}
+                for kind, taken in tensors.items()
+            }
+            done = None
+            if self._stream:
+                done = torch.cuda.Event()
+                done.record(self._stream)
+        if done is not None:
+            done.synchronize()
+        return {kind: {name: t.numpy() for name, t in host.items()} for kind, host in hosts.items()}
+
+    def _own_series(self) -> list[Series]:
+        named = []
+        for kind in self._kinds:
+            for name in ("installed", "enabled", "last_change_timestamp_seconds"):
+                named.append(Series(f"sluice_patch_{name}", (("patch", kind),)))
+        for kind in ("desired", "applied"):
+            named.append(Series("sluice_generation", (("rank", self._info.rank), ("kind", kind))))
+        for kind in PROBE_KINDS:
+            for name in ("errors", "seconds"):
+                named.append(Series(f"sluice_probe_{name}_total", (("probe", kind),)))
+        return named
+
+    def _own_values(self) -> np.ndarray:
+        values: list[float] = []
+        for kind in self._kinds:
+            patch = self._patches.get(kind)
+            values += [patch is not None, patch.enabled if patch else np.nan, self._changed.get(kind, np.nan)]
+        values += [self._desired, self._applied]
+        for kind in PROBE_KINDS:
+            values += [self._errors[kind], self._seconds[kind]]
+        return np.array(values, dtype=np.float64)
+
+    # -------------------------------------------------------------------------------------------- control
+    def apply(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Apply run-time state: `{"generation": int, "patches": {kind: {"enabled": bool}}}`; return `state()`.
+
+        Raises
+        ------
+        KeyError
+            If a patch is not installed; nothing is changed then.
+        """
+        wanted = state.get("patches", {})
+        missing = [kind for kind in wanted if kind not in self._patches]
+        if missing:
+            raise KeyError(f"patch {missing[0]!r} is not installed; installed: {sorted(self._patches) or 'none'}")
+        self._desired = int(state.get("generation", self._desired + 1))
+        for kind, values in wanted.items():
+            if values["enabled"] != self._patches[kind].enabled:
+                self._patches[kind].switch(bool(values["enabled"]))
+                self._changed[kind] = time.time()
+        self._applied = self._desired
+        self.publish()
+        return self.state()
+
+    def state(self) -> dict[str, Any]:
+        """Return rank, generation and the state of patches and probes as plain data."""
+        return {
+            "rank": self._info.rank,
+            "engine": self._info.engine,
+            "generation": self._applied,
+            "patches": {
+                kind: {"enabled": patch.enabled, "layers": list(patch.report.layers), "detail": patch.report.detail}
+                for kind, patch in self._patches.items()
+            },
+            "probes": {probe.kind: {"enabled": probe.enabled} for probe in self._probes},
+            "unavailable": dict(self._unavailable),
+        }
+
+
+def worker_method(worker: Any, operation: str, state: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Answer `collective_rpc("sluice_rpc", args=(operation, state))` on one worker.
+
+    Operations: `state`, `publish` (write a snapshot now) and `apply`. Never raises: an exception here would leave
+    the other ranks' replies queued and corrupt vLLM's message queue.
+    """
+    try:
+        rank: Rank = getattr(compat.worker_model(worker), compat.RUNTIME_ATTRIBUTE)
+        if operation == "apply":
+            return rank.apply(state or {})
+        if operation == "publish":
+            rank.publish()
+        elif operation != "state":
+            return {"error": f"unknown operation {operation!r}; known: apply, publish, state"}
+        return rank.state()
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def rank_info(load: Load, version: str, fingerprint: str) -> RankInfo:
+    """Describe this worker."""
+    return RankInfo(
+        pid=os.getpid(),
+        rank=load.rank(),
+        engine=load.engine,
+        model_name=load.served_name,
+        version=version,
+        vllm_version=compat.vllm_version(),
+        fingerprint=fingerprint,
+    )
+
+
+def _publish_forever(reference: weakref.ref[Rank], interval: float) -> None:
+    while True:
+        time.sleep(interval)
+        rank = reference()
+        if rank is None:
+            return
+        try:
+            rank.publish()
+        except Exception:
+            compat.logger.exception("sluice: the snapshot could not be written; it will be tried again")
+        del rank
+
+
+def _remove(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        path.parent.rmdir()
