@@ -32,7 +32,7 @@ lint: install ## ruff, mypy, and whether docs/metrics.md is up to date
 	@$(BIN)/sluice metrics docs --check docs/metrics.md
 
 unit: install ## tests that need no model
-	@$(PYTEST) -q tests/unit
+	@$(PYTEST) -q tests/unit $(wildcard tests/live)
 
 engine: install ## tests with vLLM in the same process
 	@$(PYTEST) -q tests/engine

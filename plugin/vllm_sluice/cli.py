@@ -16,6 +16,7 @@ from vllm_sluice.problem import Problem
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
+_CONFIG_HELP = "YAML file (default: the one named by SLUICE_CONFIG, else none)"
 _EPILOG = """\
 exit status: 0 done, 1 something is wrong, 2 the arguments or the configuration cannot be used
 """
@@ -40,7 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     if arguments[:1] == ["serve"]:
         return _serve(arguments[1:])
-    args = _parser(arguments).parse_args(arguments)
+    own, options = arguments, []
+    if arguments[:1] == ["demo"] and "--" in arguments:
+        own, options = arguments[: arguments.index("--")], arguments[arguments.index("--") + 1 :]
+    args = _parser(own).parse_args(own)
+    if options:
+        args.vllm = options
     status: int = args.run(args)
     return status
 
@@ -107,7 +113,7 @@ def _add_config(commands: Subparsers) -> None:
         command = choices.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         command.set_defaults(run=run)
         if name != "schema":
-            command.add_argument("file", nargs="?", metavar="FILE", help="YAML file (default: SLUICE_CONFIG, else none)")
+            command.add_argument("file", nargs="?", metavar="FILE", help=_CONFIG_HELP)
             _add_config_option(command)
 
 
@@ -136,7 +142,7 @@ def _add_lab(commands: Subparsers) -> None:
 
 
 def _add_config_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--sluice-config", metavar="FILE", help="YAML file (default: SLUICE_CONFIG, else none)")
+    parser.add_argument("--sluice-config", metavar="FILE", help=_CONFIG_HELP)
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -261,7 +261,8 @@ class Batch:
     def position_of(self, rows: np.ndarray) -> np.ndarray:
         """Return the absolute position of each row in its sequence."""
         request = self.request_of(rows)
-        return self.computed[request] + rows - self.starts[request]
+        position: np.ndarray = self.computed[request] + rows - self.starts[request]
+        return position
 
 
 RUNTIME_ATTRIBUTE = "sluice_runtime"
@@ -340,7 +341,7 @@ class AttentionSite:
 
     @property
     def name(self) -> str:
-        """vLLM's name of the attention layer (key of the attention metadata)."""
+        """VLLM's name of the attention layer (key of the attention metadata)."""
         return str(self.attention.layer_name)
 
 
@@ -560,7 +561,8 @@ def cached_keys(attention: Any, blocks: torch.Tensor) -> torch.Tensor:
         keys = keys.view(*blocks.shape, heads, size, dim)
     else:
         keys = cache[blocks][..., :dim]
-    return keys.transpose(2, 3).reshape(blocks.shape[0], blocks.shape[1] * size, heads, dim)
+    flat: torch.Tensor = keys.transpose(2, 3).reshape(blocks.shape[0], blocks.shape[1] * size, heads, dim)
+    return flat
 
 
 @functools.cache

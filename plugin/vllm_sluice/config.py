@@ -58,7 +58,8 @@ class GatePatch(_Strict):
             )
         if self.source == "none" and self.granularity != "auto":
             raise ValueError(
-                f"granularity {self.granularity!r} asks for a gate but source is none; drop granularity or name a source"
+                f"granularity {self.granularity!r} asks for a gate but source is none; "
+                "drop granularity or name a source"
             )
         return self
 

@@ -88,7 +88,7 @@ class _Named(importlib.metadata.Distribution):
         text = re.sub(r"(?m)\AName: .*$|(?<=\n)Name: .*$", f"Name: {_NAME}", text, count=1)
         return re.sub(r"(?m)(?<=\n)Version: .*$", f"Version: {self._found.version}", text, count=1)
 
-    def locate_file(self, path: Any) -> Any:
+    def locate_file(self, path: object) -> Any:
         raise FileNotFoundError(f"{path}: this distribution is only a name for {self._found.name}")
 
 
@@ -96,7 +96,7 @@ class _NameFinder(DistributionFinder):
     def __init__(self, found: VllmDistribution) -> None:
         self._found = found
 
-    def find_spec(self, *_: Any, **__: Any) -> None:
+    def find_spec(self, *_: object, **__: object) -> None:
         """Find no module."""
 
     def find_distributions(

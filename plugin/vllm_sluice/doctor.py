@@ -60,7 +60,7 @@ def examine(model: str | None, config_path: str | None, environ: Mapping[str, st
         settings = loaded.config
         yield from _configured(loaded, config_path or environ.get(config.CONFIG_VARIABLE))
     except config.ConfigError as error:
-        yield Finding("configuration", "settings", str(error), "wrong", "correct the keys named; `sluice config schema`")
+        yield Finding("configuration", "settings", str(error), "wrong", "see `sluice config schema` for the keys")
     yield from _environment(vllm, environ)
     if model is not None:
         yield from _model(model, settings)
@@ -276,7 +276,7 @@ def _declaration(section: str, shape: Shape, pairs: list[GatePair]) -> Iterator[
     example = f'"{name}": {{"granularity": "{found or "head"}"}}'
     if declared is None:
         remedy = f"add {example} to config.json, or set patches.gate.source: checkpoint"
-        yield Finding(section, name, "not declared, but there are gate tensors; vLLM would refuse them", "wrong", remedy)
+        yield Finding(section, name, "not declared, but gate tensors are there; vLLM refuses them", "wrong", remedy)
     elif not isinstance(declared, dict) or declared.get("granularity", "auto") not in ("auto", "head", "element"):
         yield Finding(section, name, f"{json.dumps(declared)} is no declaration", "wrong", f"write {example}")
     elif found and declared.get("granularity", "auto") not in ("auto", found):

@@ -20,7 +20,7 @@ class _Loading:
 
 
 def register() -> None:
-    """Hook Sluice into vLLM (entry-point group `vllm.general_plugins`).
+    """Install Sluice's hooks in vLLM (entry-point group `vllm.general_plugins`).
 
     Raises
     ------

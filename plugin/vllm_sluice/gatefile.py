@@ -202,14 +202,15 @@ def granularity(pair: GatePair, shape: Shape | None, metadata: Mapping[str, str]
     """Return whether a gate is head-wise or element-wise, and how that is known."""
     if pair.rows is None or pair.weight is None:
         return None, "the weight is missing or no matrix"
+    options: tuple[Granularity, ...] = ("head", "element")
     if shape is not None and shape.heads is not None:
-        for option in ("head", "element"):
+        for option in options:
             if pair.rows == shape.rows(option):
                 return option, "config.json"
         return None, f"config.json allows {_allowed(shape)} rows"
-    named = metadata.get("granularity")
-    if named in ("head", "element"):
-        return named, "metadata"
+    for option in options:
+        if metadata.get("granularity") == option:
+            return option, "metadata"
     return "head" if pair.rows * _SMALLEST_HEAD <= pair.weight.shape[1] else "element", "shape"
 
 
@@ -271,7 +272,7 @@ def mean_gate_at_zero(bias: Tensor | None) -> float | None:
     return None if values is None else float(np.mean(0.5 * (1.0 + np.tanh(0.5 * values))))
 
 
-def _parse(tree: Any, path: Path, body: int, size: int) -> Header:
+def _parse(tree: object, path: Path, body: int, size: int) -> Header:
     if not isinstance(tree, dict):
         raise TypeError("it is no JSON object")
     metadata = tree.pop("__metadata__", {})
@@ -323,7 +324,7 @@ def _shape(config: Mapping[str, Any]) -> Shape:
     )
 
 
-def _attention_layers(types: Any, layers: int | None) -> tuple[int, ...] | None:
+def _attention_layers(types: object, layers: int | None) -> tuple[int, ...] | None:
     """Return the layers with softmax attention; `layer_types` names hybrids' others `linear_attention` or `mamba`."""
     if isinstance(types, list) and len(types) == layers:
         return tuple(i for i, kind in enumerate(types) if "linear" not in str(kind) and "attention" in str(kind))

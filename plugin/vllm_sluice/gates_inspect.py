@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,10 +151,10 @@ def _plain(row: Row) -> dict[str, Any]:
         if part is None or summary is None:
             return None
         values = {"min": summary.least, "mean": summary.mean, "max": summary.greatest, "not_finite": summary.bad}
-        finite = {key: value if value == value else None for key, value in values.items()}  # NaN is no JSON
+        finite = {key: None if math.isnan(value) else value for key, value in values.items()}  # NaN is no JSON
         return {"shape": list(part.shape), "dtype": part.dtype, **(finite if summary.read else {})}
 
-    at_zero = row.gate_at_zero if row.gate_at_zero == row.gate_at_zero else None
+    at_zero = None if row.gate_at_zero is None or math.isnan(row.gate_at_zero) else row.gate_at_zero
     return {
         "module": row.pair.module,
         "layer": row.pair.layer,

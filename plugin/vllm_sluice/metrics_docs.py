@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from math import prod
+from itertools import product
 from pathlib import Path
 
 from vllm_sluice.problem import Problem
-from vllm_sluice.telemetry.catalogue import CATALOGUE, COMMON_LABELS, Metric
+from vllm_sluice.telemetry.catalogue import CATALOGUE, COMMON_LABELS, STANDARD_RANKS, Detail, Metric, is_exported
 
 LABEL_VALUES: dict[str, tuple[str, ...]] = {
     "rank": ("1", "2", "3"),
@@ -53,6 +53,7 @@ Sluice adds these to the server's own `/metrics`, with one API server and with s
 - **Windowed** metrics describe the last `telemetry.window_seconds` (60 by default). They can fall, a scrape never
   resets them, and when the window saw nothing they are left out rather than repeated.
 - Counters start at 0 and rise as long as the engine lives.
+- The column *exported* says `full` for what `/metrics` has only with `telemetry.detail: full`.
 - Tensor-parallel and pipeline-parallel ranks of one engine are combined into one series; the column *ranks* says how.
   Data-parallel engines stay apart by `engine`.
 """
@@ -77,29 +78,45 @@ def check(path: Path, expected: str) -> None:
         raise Problem(f"{path} does not match the catalogue of metrics; make it anew with: make docs")
 
 
-def series_per_layer(group: str | None = None) -> int:
-    """Return how many series a layer has, of one group or of all."""
+def series_per_layer(detail: Detail, group: str | None = None) -> int:
+    """Return how many series a layer has on `/metrics`, of one group or of all."""
     return sum(
-        prod(len(LABEL_VALUES[label]) for label in metric.labels if label != "layer")
+        is_exported(metric, labels, detail)
         for metric in CATALOGUE
         if "layer" in metric.labels and group in (None, metric.group)
+        for labels in _label_sets(metric)
     )
 
 
+def _label_sets(metric: Metric) -> list[dict[str, str]]:
+    values = [("000",) if label == "layer" else LABEL_VALUES[label] for label in metric.labels]
+    return [dict(zip(metric.labels, chosen, strict=True)) for chosen in product(*values)]
+
+
 def _budget() -> str:
-    counts = [(title.lower(), series_per_layer(group)) for group, (title, _) in _GROUPS.items()]
-    listed = ", ".join(f"{title} {count}" for title, count in counts if count)
-    return f"- A layer has {series_per_layer()} series ({listed}); `sluice_exported_series` counts all of a scrape.\n"
+    def counted(detail: Detail) -> str:
+        counts = [(title.lower(), series_per_layer(detail, group)) for group, (title, _) in _GROUPS.items()]
+        listed = ", ".join(f"{title} {count}" for title, count in counts if count)
+        return f"{series_per_layer(detail)} series ({listed})"
+
+    return (
+        f"- A layer has {counted('standard')} by default,\n"
+        f"  and {counted('full')} with `telemetry.detail: full`.\n"
+        "  `sluice_exported_series` counts all series of a scrape. The live page shows full detail either way.\n"
+    )
 
 
 def _row(metric: Metric) -> tuple[str, ...]:
     labels = ", ".join(f"`{label}`" for label in metric.labels if label not in COMMON_LABELS)
     unit = "number" if metric.unit == "1" else metric.unit
     windowed = "yes" if metric.windowed else ""
-    return f"`{metric.name}`", metric.kind, unit, labels, windowed, _COMBINED[metric.combine], metric.help
+    ranked = {"layer", "rank"} <= set(metric.labels)
+    default = f"rank {', '.join(STANDARD_RANKS)}" if ranked else "yes"
+    exported = default if metric.detail == "standard" else "full"
+    return f"`{metric.name}`", metric.kind, unit, labels, exported, windowed, _COMBINED[metric.combine], metric.help
 
 
 def _table(rows: Iterable[tuple[str, ...]]) -> str:
-    head = ("name", "type", "unit", "labels", "windowed", "ranks", "meaning")
+    head = ("name", "type", "unit", "labels", "exported", "windowed", "ranks", "meaning")
     lines = [head, tuple("---" for _ in head), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines).replace("|  |", "| |")

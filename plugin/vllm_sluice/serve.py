@@ -106,7 +106,7 @@ def parse(arguments: Sequence[str]) -> Request:
     )
 
 
-def check_port(host: str, port: int, remedy: str = "--port") -> None:
+def check_port(host: str, port: int, option: str = "--port ") -> None:
     """Raise `Problem` if a server could not listen here."""
     if port > 65535:
         raise Problem(f"port {port} does not exist; the highest is 65535")
@@ -121,10 +121,10 @@ def check_port(host: str, port: int, remedy: str = "--port") -> None:
     except socket.gaierror as error:
         raise Problem(f"cannot listen on {shown}: {error.strerror}; check --host") from None
     except PermissionError:
-        raise Problem(f"cannot listen on {shown}: no permission; take a port above 1023, such as {remedy} 8000") from None
+        raise Problem(f"cannot listen on {shown}: no permission; name one above 1023, such as {option}8000") from None
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            other = f"{remedy} {port + 1 if port < 65535 else _DEFAULT_PORT}"
+            other = f"{option}{port + 1 if port < 65535 else _DEFAULT_PORT}"
             raise Problem(f"port {port} is taken; stop what listens there or name another, such as {other}") from None
         raise Problem(f"cannot listen on {shown}: {error.strerror}; check --host") from None
 
@@ -140,10 +140,10 @@ def check_model(model: str) -> None:
         return
     siblings = _models_beside(path)
     if _HUGGING_FACE_NAME.fullmatch(model) is None:
-        raise Problem(f"there is no folder {model}, and a Hugging Face name looks like owner/name{_hint(path, siblings)}")
+        raise Problem(f"there is no folder {model}, and Hugging Face names look like owner/name{_hint(path, siblings)}")
     if siblings and hugging_face_folder(model) is None:
-        elsewhere = "; for the Hugging Face model of that name start in another folder"
-        raise Problem(f"there is no folder {model}{_hint(path, siblings)}{elsewhere}")
+        elsewhere = "For the Hugging Face model of that name start in another folder"
+        raise Problem(f"there is no folder {model}{_hint(path, siblings)}. {elsewhere}".replace("?.", "?"))
 
 
 def _check(request: Request, settings: config.Config) -> None:

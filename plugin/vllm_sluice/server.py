@@ -27,7 +27,7 @@ class SluiceEndpoint:
         self._enabled = settings.enabled
         self._live = settings.live
         self._collector = SnapshotCollector(rundir.announce(settings.telemetry), settings.telemetry.detail)
-        self._history = History(self._collector, settings.live)
+        self._history = History(self._collector, settings.live, settings.telemetry.interval_seconds)
         self._recording: asyncio.Task[None] | None = None
 
     def attach_router(self, app: FastAPI) -> None:

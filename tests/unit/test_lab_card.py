@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+
 from vllm_sluice.lab.card import Measured, bars, bars_table, model_card
 from vllm_sluice.lab.evaluate import Evaluation
 from vllm_sluice.lab.train import Recipe

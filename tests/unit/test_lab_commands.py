@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+
 from vllm_sluice.lab.card import train_command
 from vllm_sluice.lab.commands import add_commands, main, settings
 from vllm_sluice.lab.export import as_exported, load

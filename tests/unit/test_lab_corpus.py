@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from vllm_sluice.lab.corpus import BOS_ID, EOS_ID, Rows, encode, read_text, split_held_out, train_tokenizer
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen.\n" * 40

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from vllm_sluice.lab.corpus import Rows
 from vllm_sluice.lab.evaluate import _EVALUATION_SEED, evaluate
 from vllm_sluice.lab.twin import Twin, TwinConfig

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
 from vllm_sluice.lab.corpus import train_tokenizer
 from vllm_sluice.lab.export import as_exported, export, load
 from vllm_sluice.lab.reference import reference_model, reference_trace

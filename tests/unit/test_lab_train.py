@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from vllm_sluice.lab.train import Recipe, Run, prepare_data, read_data, read_run
 from vllm_sluice.lab.twin import TwinConfig
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from vllm_sluice.lab.twin import Trace, Twin, TwinConfig
 
 

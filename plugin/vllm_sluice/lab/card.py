@@ -267,8 +267,8 @@ def _training(this: Measured, vanilla: Measured, gated: Measured, data: str) -> 
     return (
         "## Training\n\n"
         f"- Data: {data}. The last {recipe.held_out_bytes:,} bytes were held out.\n"
-        f"- Steps: {this.step}{stopped}, {recipe.rows} rows of {config.context} tokens each{short}, {tokens:,} tokens in "
-        f"all, in {precision}. Every row starts with BOS; rows start anywhere in the text.\n"
+        f"- Steps: {this.step}{stopped}, {recipe.rows} rows of {config.context} tokens each{short}, {tokens:,} tokens "
+        f"in all, in {precision}. Every row starts with BOS; rows start anywhere in the text.\n"
         f"- AdamW: learning rate {recipe.learning_rate:g} after {recipe.warmup_steps} warm-up steps, then cosine to "
         f"{recipe.final_learning_rate_ratio:g} of it; betas {recipe.betas[0]:g} and {recipe.betas[1]:g}; weight decay "
         f"{recipe.weight_decay:g} on matrices; gradient norm clipped to {recipe.clip_norm:g}.{gate}\n"

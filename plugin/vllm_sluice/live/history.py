@@ -12,7 +12,7 @@ import threading
 import time
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from vllm_sluice.config import Live
@@ -41,7 +41,8 @@ LATEST_METRICS = (
     "nonfinite_total",
     "massive_activations_total",
 )
-"""Kept for every layer at the last point only; of the ranked ones rank 1, counters summed over their other labels."""
+"""Also kept for every layer, but at the last point only; of the ranked ones rank 1, counters summed over all but the
+layer."""
 
 SERIES_METRICS: Mapping[str, str | None] = {
     "patch_installed": "patch",
@@ -55,7 +56,7 @@ SERIES_METRICS: Mapping[str, str | None] = {
 }
 """Kept at every point per value of this label, summed over all others; None sums to one series named `all`."""
 
-_LAYERED = frozenset((*LAYER_METRICS, *LATEST_METRICS))
+_LAYERED = (*LAYER_METRICS, *LATEST_METRICS)
 _ALL = "all"
 _ABSENT = "null"
 
@@ -85,7 +86,7 @@ class _Engine:
         Per metric of `SERIES_METRICS` and label one JSON number per point; a series that began later is shorter and
         ends at the same point.
     latest
-        Per metric of `LATEST_METRICS` one JSON list.
+        Per metric of `LAYER_METRICS` and `LATEST_METRICS` one JSON list, of the last point.
     """
 
     rows: dict[str, deque[str]]
@@ -100,7 +101,7 @@ class _Engine:
 class History:
     """Keeps `history_seconds / period_seconds` points; safe to use from several threads.
 
-    A point takes about 6 bytes per layer and metric: 4 MB for 32 layers and the default settings.
+    A point takes about 7 bytes per layer and metric: 4 MB for 32 layers and the default settings.
 
     Parameters
     ----------
@@ -148,7 +149,13 @@ class History:
                 if engine.seen < self._times[0]:
                     del self._engines[name]
 
-    def as_json(self, since: float | None = None, points: int | None = None, engine: str | None = None) -> str:
+    def as_json(
+        self,
+        since: float | None = None,
+        points: int | None = None,
+        engine: str | None = None,
+        metrics: Collection[str] = LAYER_METRICS,
+    ) -> str:
         """Return points as JSON text.
 
         Parameters
@@ -160,11 +167,13 @@ class History:
             no maximum by that as long as the points are less than a window apart.
         engine
             Only this engine; without it, or if there is no such engine, all.
+        metrics
+            The metrics of `LAYER_METRICS` whose past is wanted; the last point always has all.
 
         Returns
         -------
         str
-            `times` (seconds since the epoch), `step` (points skipped from one to the next) and per engine `rows`
+            `times` (seconds since the epoch), `step` (one in so many points is given) and per engine `rows`
             ([point][layer] by metric, layers named by `layers`), `series` ([point] by metric and label) and `latest`
             ([layer] by metric). Absent is null, a row may end early, infinity is `1e999`. Metrics are named as in
             the catalogue, without `sluice_`.
@@ -176,9 +185,9 @@ class History:
             first = bisect_right(times, begin)
             step = max(1, math.ceil((len(times) - first) / points)) if points else 1
             chosen = range(len(times) - 1, first - 1, -step)[::-1]
-            wanted = [engine] if engine in self._engines else sorted(self._engines)
-            engines = [_engine_json(name, self._engines[name], chosen, len(times)) for name in wanted]
-            names = sorted(self._engines)
+            names = sorted(self._engines, key=lambda name: (len(name), name))
+            wanted = [engine] if engine in self._engines else names
+            engines = [_engine_json(name, self._engines[name], metrics, chosen, len(times)) for name in wanted]
         return _object(
             time=f"{now:.2f}",
             period_seconds=_number(self.settings.period_seconds),
@@ -201,11 +210,13 @@ class History:
                 engine.series[key] = deque(maxlen=self._length)
         layered = point.layered if point else {}
         series = point.series if point else {}
-        for metric, rows in engine.rows.items():
-            rows.append(_row(layered.get(metric, {}), engine.layers))
-        for key, values in engine.series.items():
+        for key, values in list(engine.series.items()):
             values.append(_number(series[key], key[0]) if key in series else _ABSENT)
-        engine.latest = {metric: _row(layered.get(metric, {}), engine.layers) for metric in LATEST_METRICS}
+            if key not in series and all(value is _ABSENT for value in values):
+                del engine.series[key]
+        engine.latest = {metric: _row(layered.get(metric, {}), engine.layers) for metric in _LAYERED}
+        for metric, rows in engine.rows.items():
+            rows.append(engine.latest[metric])
 
 
 def _by_engine(samples: Iterable[Sample]) -> dict[str, _Point]:
@@ -226,7 +237,7 @@ def _by_engine(samples: Iterable[Sample]) -> dict[str, _Point]:
     return points
 
 
-def _engine_json(name: str, engine: _Engine, chosen: Sequence[int], total: int) -> str:
+def _engine_json(name: str, engine: _Engine, metrics: Collection[str], chosen: Sequence[int], total: int) -> str:
     series: dict[str, dict[str, str]] = {}
     for (metric, label), values in sorted(engine.series.items()):
         series.setdefault(metric, {})[label] = _column(values, chosen, total, _ABSENT)
@@ -235,7 +246,7 @@ def _engine_json(name: str, engine: _Engine, chosen: Sequence[int], total: int) 
         model_name=_text(engine.model_name),
         info=_object(**{key: _text(value) for key, value in engine.info.items()}),
         layers=_list(map(_text, engine.layers)),
-        rows=_object(**{metric: _column(rows, chosen, total, "[]") for metric, rows in engine.rows.items()}),
+        rows=_object(**{m: _column(rows, chosen, total, "[]") for m, rows in engine.rows.items() if m in metrics}),
         series=_object(**{metric: _object(**labels) for metric, labels in series.items()}),
         latest=_object(**engine.latest),
     )

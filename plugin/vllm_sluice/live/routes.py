@@ -13,7 +13,7 @@ from fastapi import APIRouter, Query
 from fastapi.responses import RedirectResponse, Response
 
 from vllm_sluice.config import Live
-from vllm_sluice.live.history import History
+from vllm_sluice.live.history import LAYER_METRICS, History
 from vllm_sluice.live.state import describe
 from vllm_sluice.telemetry.collector import SnapshotCollector
 
@@ -91,8 +91,10 @@ def _add_page(router: APIRouter, history: History) -> None:
         since: Annotated[float | None, Query(allow_inf_nan=False)] = None,
         points: Annotated[int | None, Query(ge=1)] = None,
         engine: str | None = None,
+        metrics: str | None = None,
     ) -> Response:
-        return _answer(history.as_json(since, points, engine), "application/json")
+        wanted = LAYER_METRICS if metrics is None else metrics.split(",")
+        return _answer(history.as_json(since, points, engine, wanted), "application/json")
 
 
 def _file_endpoint(name: str, media_type: str) -> Callable[[], Awaitable[Response]]:

@@ -31,7 +31,10 @@ def describe(collector: SnapshotCollector) -> dict[str, Any]:
         labels = dict(sample.labels)
         if labels["engine"] in engines and sample.metric in _PATCH_METRICS:
             _note_patch(engines[labels["engine"]]["patches"], labels["patch"], sample)
-    return {"time": round(time.time(), 3), "engines": [engines[name] for name in sorted(engines)]}
+    return {
+        "time": round(time.time(), 3),
+        "engines": [engines[name] for name in sorted(engines, key=lambda n: (len(n), n))],
+    }
 
 
 def _engine(name: str, model_name: str) -> dict[str, Any]:

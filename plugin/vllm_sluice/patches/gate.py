@@ -38,6 +38,10 @@ class OutputGate(nn.Module):
     layers. Buffers rather than parameters, so that weight loading and sleep mode leave them alone.
     """
 
+    weight: torch.Tensor
+    bias: torch.Tensor
+    enabled: torch.Tensor
+
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor, enabled: torch.Tensor, heads: int) -> None:
         super().__init__()
         self.heads = heads
@@ -215,12 +219,12 @@ class GateKind(PatchKind):
                 return
         device = next(site.block.parameters()).device
         local = weight.shape[0] // ranks
-        part = slice(rank * local, (rank + 1) * local)
+        own = slice(rank * local, (rank + 1) * local)
         yield _Planned(
             site,
             argument,
-            weight[part].to(device=device, dtype=load.dtype).contiguous(),
-            bias[part].to(device=device, dtype=load.dtype).contiguous(),
+            weight[own].to(device=device, dtype=load.dtype).contiguous(),
+            bias[own].to(device=device, dtype=load.dtype).contiguous(),
         )
 
     def _allowed_rows(self, site: AttentionSite, ranks: int) -> dict[int, Granularity]:

@@ -26,6 +26,9 @@ _METRICS = ("sink_mass", "first4_mass", "entropy_ratio", "sink_heads", "heads")
 class QueryCopy(nn.Module):
     """Copies the sampled rows of a layer's queries into a fixed buffer, [queries, heads, head_dim]."""
 
+    sample: torch.Tensor
+    queries: torch.Tensor
+
     def __init__(self, site: AttentionSite, sample: torch.Tensor, dtype: torch.dtype) -> None:
         super().__init__()
         width = int(site.attention.head_size)

@@ -21,6 +21,10 @@ from vllm_sluice.telemetry.snapshot import Series
 class GateObserver(nn.Module):
     """Accumulators of one layer: sum of gates, and counts of closed and of all gates."""
 
+    classes: torch.Tensor
+    sums: torch.Tensor
+    counts: torch.Tensor
+
     def __init__(self, rows: Rows, closed_below: float) -> None:
         super().__init__()
         device = rows.device

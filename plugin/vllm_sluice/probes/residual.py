@@ -29,6 +29,14 @@ _PER_LAYER = ("abs_max", "median", "max_to_median_ratio", "rms", "kurtosis")
 class ResidualObserver(nn.Module):
     """Accumulators of one layer; called in the graph with the hidden state, [tokens, hidden]."""
 
+    classes: torch.Tensor
+    sample: torch.Tensor
+    threshold: torch.Tensor
+    channel_max: torch.Tensor
+    moments: torch.Tensor
+    counts: torch.Tensor
+    sampled: torch.Tensor
+
     def __init__(self, hidden: int, rows: Rows, sample: torch.Tensor, dtype: torch.dtype) -> None:
         super().__init__()
         device = rows.device

@@ -42,7 +42,7 @@ class SnapshotCollector(Collector):
         found = []
         paths = sorted(self._folder.glob(f"*{SUFFIX}"))
         for gone in set(self._readers) - set(paths):
-            del self._readers[gone]
+            self._readers.pop(gone, None)  # several threads collect
         for path in paths:
             try:
                 reader = self._readers.get(path)

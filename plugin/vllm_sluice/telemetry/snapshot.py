@@ -74,7 +74,7 @@ class SnapshotWriter:
         self._time = np.frombuffer(self._map, np.float64, 1, 16)
         self._values = np.frombuffer(self._map, np.float64, len(series), self._body)
         self._values[:] = np.nan
-        os.replace(partial, path)
+        partial.replace(path)
 
     def write(self, values: np.ndarray) -> None:
         """Replace all numbers; `values` is f64 of shape [series]."""
@@ -109,9 +109,9 @@ class SnapshotReader:
         with path.open("rb") as file:
             self.inode = os.fstat(file.fileno()).st_ino
             self._map = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-        magic, _, _, length = _FIXED.unpack(self._map[: _FIXED.size])
-        if magic != _MAGIC:
+        if len(self._map) < _FIXED.size or self._map[: len(_MAGIC)] != _MAGIC:
             raise ValueError(f"{path} is not a Sluice snapshot")
+        _, _, _, length = _FIXED.unpack(self._map[: _FIXED.size])
         header: dict[str, Any] = json.loads(self._map[_FIXED.size : _FIXED.size + length])
         self.info = RankInfo(**header["info"])
         self.series = tuple(Series(m, tuple((k, v) for k, v in labels)) for m, labels in header["series"])

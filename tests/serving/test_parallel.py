@@ -1,0 +1,86 @@
+"""Several processes: tensor-parallel ranks, data-parallel engines, several API servers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from tests.conftest import passages
+from tests.engine.expected import expected
+from tests.engine.test_statistics import FLOAT32, check
+from tests.serving.server import Server
+from tests.serving.test_server import SETTINGS
+from vllm_sluice.lab.export import export
+from vllm_sluice.lab.twin import Twin, TwinConfig
+
+pytestmark = pytest.mark.serving
+
+OPTIONS = ["--dtype", "float32", "--enforce-eager", "--max-num-batched-tokens", "64", "--no-enable-prefix-caching"]
+
+
+@pytest.fixture(scope="module", params=["head", "element"])
+def four_heads(request: pytest.FixtureRequest, twin_gated: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random gated model whose four heads two ranks can share, with gates that are neither open nor closed."""
+    torch.manual_seed(5)
+    twin = Twin(TwinConfig(hidden_size=128, layers=3, heads=4, intermediate_size=256, gate=request.param))
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.mul_(4.0 if parameter.dim() > 1 else 1.0)
+    folder = tmp_path_factory.mktemp("four-heads") / "model"
+    export(twin, Tokenizer.from_file(str(twin_gated / "tokenizer.json")), folder, "A random model for tests.\n")
+    return folder
+
+
+@pytest.fixture
+def two_ranks(four_heads: Path, tmp_path: Path) -> Iterator[Server]:
+    server = Server(
+        four_heads, tmp_path, SETTINGS, [*OPTIONS, "--tensor-parallel-size", "2", "--api-server-count", "2"],
+        {"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+    )  # fmt: skip
+    server.wait()
+    yield server
+    server.stop()
+
+
+def test_two_ranks_and_two_api_servers_report_as_one_model(two_ranks, four_heads):
+    answers = [two_ranks.complete(text[:300], 4)["choices"][0] for text in passages()[60:64]]
+    sent = [[*choice["prompt_token_ids"], *choice["token_ids"][:-1]] for choice in answers]
+    prompts = sum(len(ids) for ids in sent) - 3 * 4
+    for _ in range(4):  # whichever API server answers
+        metrics = two_ranks.settled(("tokens_observed_total", "prefill"), prompts)
+        assert metrics["tokens_observed_total", "prefill"] == prompts
+        check(metrics, expected(four_heads, sent), {"default": FLOAT32})
+        assert metrics["attention_heads", "000"] == 4
+        assert {key[1] for key in metrics if key[0] == "snapshot_age_seconds"} == {"pp0-tp0", "pp0-tp1"}
+        assert metrics["patch_enabled", "gate"] == 1
+
+
+def test_two_engines_are_told_apart(twin_gated, tmp_path):
+    from prometheus_client.parser import text_string_to_metric_families
+
+    from tests.serving.server import get
+
+    server = Server(twin_gated, tmp_path, SETTINGS, [*OPTIONS, "--data-parallel-size", "2"])
+    try:
+        server.wait()
+        for text in passages()[70:78]:
+            server.complete(text[:200], 2)
+        found: dict[str, float] = {}
+        for _ in range(60):
+            found = {
+                sample.labels["engine"]: sample.value
+                for family in text_string_to_metric_families(get(f"{server.url}/metrics"))
+                for sample in family.samples
+                if sample.name == "sluice_tokens_observed_total" and sample.labels["phase"] == "decode"
+            }
+            if sum(found.values()) == 8:
+                break
+        assert set(found) == {"0", "1"}
+        assert sum(found.values()) == 8
+        assert all(found.values()), "the load balancer gave one engine nothing"
+    finally:
+        server.stop()

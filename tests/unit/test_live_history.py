@@ -1,0 +1,290 @@
+"""The ring buffer behind the live page, over snapshot files as workers write them."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.live.synthetic import Model, info, series, write
+from vllm_sluice.config import Live
+from vllm_sluice.live import history as module
+from vllm_sluice.live.history import History
+from vllm_sluice.telemetry.catalogue import BY_NAME
+from vllm_sluice.telemetry.collector import SnapshotCollector
+
+LIVE = Live(history_seconds=60.0, period_seconds=2.0)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1_700_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def history(tmp_path: Path, clock: Clock) -> History:
+    return History(SnapshotCollector(tmp_path), LIVE, clock=clock)
+
+
+def record(history: History, clock: Clock, times: int = 1) -> None:
+    for _ in range(times):
+        clock.now += 2.0
+        history.record()
+
+
+def answer(history: History, **arguments) -> dict:
+    return json.loads(history.as_json(**arguments))
+
+
+def only_engine(history: History, **arguments) -> dict:
+    (engine,) = answer(history, **arguments)["engines"]
+    return engine
+
+
+def test_every_metric_is_in_the_catalogue():
+    names = {*module.LAYER_METRICS, *module.LATEST_METRICS, *module.SERIES_METRICS}
+    assert {f"sluice_{name}" for name in names} <= BY_NAME.keys()
+    for name, label in module.SERIES_METRICS.items():
+        assert label is None or label in BY_NAME[f"sluice_{name}"].labels
+
+
+def test_without_snapshots_there_are_points_but_no_engines(history, clock):
+    record(history, clock, 3)
+    assert answer(history)["engines"] == []
+    assert len(answer(history)["times"]) == 3
+
+
+def test_a_point_holds_what_was_written(history, clock, tmp_path):
+    model = Model(layers=3)
+    model.write(tmp_path, 5)
+    record(history, clock)
+    written = model.values(5)
+    engine = only_engine(history)
+    assert engine["model_name"] == "sluice/twin-32"
+    assert engine["info"] == {"version": "0.1.0", "vllm_version": "0.32.0", "fingerprint": "3f9ac01be5d27714"}
+    assert engine["layers"] == ["000", "001", "002"]
+    for metric in module.LAYER_METRICS:
+        found = engine["rows"][metric][-1]
+        assert found == pytest.approx([written[series(metric, layer=f"00{i}")] for i in range(3)], rel=1e-4)
+        assert engine["latest"][metric] == found
+    assert engine["latest"]["activation_top_channel"] == [
+        written[series("activation_top_channel", layer=f"00{i}", rank="1")] for i in range(3)
+    ]
+    assert engine["series"]["tokens_observed_total"] == {"decode": [183], "prefill": [607]}
+    assert engine["series"]["patch_enabled"] == {"gate": [1]}
+    assert engine["series"]["nonfinite_total"] == {"all": [0]}
+    assert engine["series"]["probe_errors_total"] == {"attention": [0], "residual": [0]}
+    assert 0 <= engine["series"]["snapshot_age_seconds"]["pp0-tp0"][0] < 60
+
+
+def test_counters_are_summed_over_layers_and_kept_per_layer(history, clock, tmp_path):
+    write(
+        tmp_path,
+        info(),
+        {
+            series("nonfinite_total", layer="000"): 2.0,
+            series("nonfinite_total", layer="001"): 3_000_000_001.0,
+            series("massive_activations_total", layer="000", position="start"): 4.0,
+            series("massive_activations_total", layer="001", position="start"): 5.0,
+            series("massive_activations_total", layer="001", position="other"): 6.0,
+        },
+    )
+    record(history, clock)
+    engine = only_engine(history)
+    assert engine["series"]["nonfinite_total"] == {"all": [3_000_000_003]}
+    assert engine["series"]["massive_activations_total"] == {"other": [6], "start": [9]}
+    assert engine["latest"]["nonfinite_total"] == [2, 3_000_000_001]
+    assert engine["latest"]["massive_activations_total"] == [4, 11]
+
+
+def test_absent_values_are_null_and_an_idle_window_is_an_empty_row(history, clock, tmp_path):
+    values = {series("activation_abs_max", layer=f"00{i}"): v for i, v in enumerate((1.0, math.nan, 3.0))}
+    writer = write(tmp_path, info(), {**values, series("gate_mean", layer="001"): math.nan})
+    record(history, clock)
+    writer.write(np.full(4, math.nan))
+    record(history, clock)
+    engine = only_engine(history)
+    layers = engine["layers"]
+    first = dict(zip(layers, engine["rows"]["activation_abs_max"][0], strict=False))
+    assert (first["000"], first.get("001"), first["002"]) == (1, None, 3)
+    assert engine["rows"]["activation_abs_max"][1] == []
+    assert engine["rows"]["gate_mean"] == [[], []]
+
+
+def test_infinity_survives_the_way_through_json(history, clock, tmp_path):
+    write(tmp_path, info(), {series("activation_abs_max", layer="000"): math.inf})
+    record(history, clock)
+    assert "1e999" in history.as_json()
+    assert only_engine(history)["rows"]["activation_abs_max"] == [[math.inf]]
+
+
+def test_ranks_of_an_engine_are_combined_and_engines_kept_apart(history, clock, tmp_path):
+    for engine, model in (("0", "a"), ("1", "b"), ("10", "c")):
+        for rank in (0, 1):
+            about = info(f"pp0-tp{rank}", engine, model)
+            values = {
+                series("activation_abs_max", layer="000"): 10.0 + rank,
+                series("attention_sink_heads", layer="000"): 2.0,
+                series("attention_sink_mass", layer="000"): 0.2 + 0.4 * rank,
+            }
+            write(tmp_path, about, values)
+    record(history, clock)
+    everything = answer(history)
+    assert everything["names"] == ["0", "1", "10"]
+    assert [e["model_name"] for e in everything["engines"]] == ["a", "b", "c"]
+    chosen = only_engine(history, engine="1")
+    assert chosen["engine"] == "1"
+    assert chosen["rows"]["activation_abs_max"] == [[11]]
+    assert chosen["rows"]["attention_sink_heads"] == [[4]]
+    assert chosen["rows"]["attention_sink_mass"] == [[pytest.approx(0.4)]]
+    assert set(chosen["series"]["snapshot_age_seconds"]) == {"pp0-tp0", "pp0-tp1"}
+    assert len(answer(history, engine="no such")["engines"]) == 3
+
+
+def test_a_pipeline_stage_that_comes_later_adds_layers_at_the_end(history, clock, tmp_path):
+    write(tmp_path, info("pp1-tp0"), {series("activation_abs_max", layer="002"): 2.0})
+    record(history, clock)
+    write(
+        tmp_path,
+        info("pp0-tp0"),
+        {series("activation_abs_max", layer="000"): 1.0, series("tokens_observed_total", phase="decode"): 7.0},
+    )
+    record(history, clock)
+    engine = only_engine(history)
+    assert engine["layers"] == ["002", "000"]
+    assert engine["rows"]["activation_abs_max"] == [[2], [2, 1]]
+    assert engine["series"]["tokens_observed_total"] == {"decode": [None, 7]}
+    assert engine["series"]["snapshot_age_seconds"]["pp0-tp0"][0] is None
+
+
+def test_a_rank_that_is_gone_is_null_and_forgotten_with_its_last_point(history, clock, tmp_path):
+    for rank in ("pp0-tp0", "pp0-tp1"):
+        write(tmp_path, info(rank), {series("activation_abs_max", layer="000"): 1.0})
+    record(history, clock)
+    (tmp_path / "0-pp0-tp1.snapshot").unlink()
+    record(history, clock)
+    assert only_engine(history)["series"]["snapshot_age_seconds"]["pp0-tp1"][1] is None
+    record(history, clock, 30)
+    assert set(only_engine(history)["series"]["snapshot_age_seconds"]) == {"pp0-tp0"}
+
+
+def test_an_engine_that_is_gone_leaves_with_its_last_point(history, clock, tmp_path):
+    write(tmp_path, info(), {series("activation_abs_max", layer="000"): 1.0})
+    record(history, clock)
+    (tmp_path / "0-pp0-tp0.snapshot").unlink()
+    record(history, clock)
+    engine = only_engine(history)
+    assert engine["rows"]["activation_abs_max"] == [[1], []]
+    assert engine["latest"]["activation_abs_max"] == []
+    record(history, clock, 30)
+    assert answer(history)["names"] == []
+
+
+def test_memory_is_bounded(history, clock, tmp_path):
+    write(tmp_path, info(), {series("activation_abs_max", layer="000"): 1.0})
+    record(history, clock, 100)
+    found = answer(history)
+    assert len(found["times"]) == 30
+    assert found["times"][-1] == clock.now
+    assert len(found["engines"][0]["rows"]["activation_abs_max"]) == 30
+
+
+def test_since_and_points_select(history, clock, tmp_path):
+    model = Model(layers=1, gate=False)
+    for step in range(20):
+        model.write(tmp_path, step)
+        record(history, clock)
+    everything = answer(history)
+    times = everything["times"]
+    assert answer(history, since=times[14])["times"] == times[15:]
+    assert answer(history, since=times[-1])["times"] == []
+    assert answer(history, since=-7.0)["times"] == times[-4:]
+    assert answer(history, since=times[-1] + 9)["times"] == []
+    thin = answer(history, points=7)
+    assert thin["step"] == 3
+    assert thin["times"] == times[::-1][::3][::-1]
+    tokens = everything["engines"][0]["series"]["tokens_observed_total"]["prefill"]
+    assert thin["engines"][0]["series"]["tokens_observed_total"]["prefill"] == tokens[::-1][::3][::-1]
+    few = only_engine(history, metrics=["attention_sink_mass"])
+    assert list(few["rows"]) == ["attention_sink_mass"]
+    assert len(few["latest"]["activation_abs_max"]) == 1
+
+
+def test_an_incremental_reader_sees_every_point_once(history, clock, tmp_path):
+    write(tmp_path, info(), {series("activation_abs_max", layer="000"): 1.0})
+    seen: list[float] = []
+    for _ in range(10):
+        clock.now += 1.2345
+        history.record()
+        seen += answer(history, since=seen[-1] if seen else None)["times"]
+    assert seen == answer(history)["times"]
+
+
+def test_a_clock_set_back_begins_anew(history, clock, tmp_path):
+    write(tmp_path, info(), {series("activation_abs_max", layer="000"): 1.0})
+    record(history, clock, 5)
+    clock.now -= 3600
+    record(history, clock)
+    assert answer(history)["times"] == [clock.now]
+    assert only_engine(history)["rows"]["activation_abs_max"] == [[1]]
+
+
+def test_stale_limit_follows_the_snapshot_interval(tmp_path):
+    collector = SnapshotCollector(tmp_path)
+    assert answer(History(collector, LIVE))["stale_after_seconds"] == 10
+    assert answer(History(collector, LIVE, interval_seconds=30.0))["stale_after_seconds"] == 90
+
+
+def test_reading_while_recording(history, clock, tmp_path):
+    model = Model(layers=8)
+    model.write(tmp_path, 0)
+    stop = threading.Event()
+    failures: list[BaseException] = []
+
+    def read() -> None:
+        try:
+            while not stop.is_set():
+                for engine in answer(history, points=5)["engines"]:
+                    lengths = {len(rows) for rows in engine["rows"].values()}
+                    lengths |= {len(v) for labels in engine["series"].values() for v in labels.values()}
+                    assert len(lengths) == 1
+        except BaseException as error:
+            failures.append(error)
+
+    readers = [threading.Thread(target=read) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+    record(history, clock, 60)
+    stop.set()
+    for reader in readers:
+        reader.join()
+    assert failures == []
+
+
+# Within the last 1e-5 below the largest double, five digits round up to infinity. Hidden states end at 3.4e38.
+@given(st.floats(-1e308, 1e308) | st.sampled_from([math.nan, math.inf, -math.inf]))
+def test_numbers_are_valid_json_with_five_digits(value):
+    found = json.loads(module._number(value))
+    if math.isnan(value):
+        assert found is None
+    else:
+        assert found == pytest.approx(value, rel=1e-4, abs=0)
+
+
+@given(st.integers(min_value=0, max_value=10**14))
+def test_counts_are_exact(value):
+    assert json.loads(module._number(float(value))) == value
