@@ -88,14 +88,8 @@ install_torch() {
     pip_install "torch==$torch_version" || pip_install --index-url "$torch_index" "torch==$torch_version"
 }
 
-install_vllm() {
-    local rest
-    rest=$(mktemp)
-    grep -v '^torch==' "$vllm_lock" > "$rest"
-    pip_install -r "$rest"
-    rm -f "$rest"
-}
-
+# One pipeline a function: the steps run inside an `if`, where bash does not stop at a failed command.
+install_vllm() { grep -v '^torch==' "$vllm_lock" | pip_install -r /dev/stdin; }
 install_plugin() { pip_install --no-build-isolation -e .; }
 install_dev() { pip_install -r "$dev_lock"; }
 

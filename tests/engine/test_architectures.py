@@ -1,0 +1,122 @@
+"""Gate and probes on other architectures than Llama: random small models against Hugging Face with hooks."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.engine.engine import EVERY_ROW
+from vllm_sluice.ops.gate import gate_reference
+from vllm_sluice.ops.residual import OTHER, residual_reference
+
+HEADS, HIDDEN, LAYERS = 4, 128, 3
+SHARED = {"vocab_size": 4096, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
+LLAMA_LIKE = {**SHARED, "intermediate_size": 192, "max_position_embeddings": 512, "num_key_value_heads": 2}
+
+
+def configurations() -> dict[str, Any]:
+    """Return a small configuration of each architecture; what sets it apart from Llama stands beside it."""
+    import transformers as t
+
+    return {
+        "qwen3": t.Qwen3Config(**LLAMA_LIKE, head_dim=64),  # norms of q and k, heads wider than hidden / heads
+        "qwen2": t.Qwen2Config(**LLAMA_LIKE),  # biases of q, k, v
+        "mixtral": t.MixtralConfig(**LLAMA_LIKE, num_local_experts=4),  # mixture of experts
+        "gemma2": t.Gemma2Config(  # soft caps, norms after the blocks, alternating windows
+            **LLAMA_LIKE, head_dim=32, sliding_window=64, query_pre_attn_scalar=32
+        ),
+        "opt": t.OPTConfig(  # layer norm, learned positions
+            **SHARED, ffn_dim=192, max_position_embeddings=512, word_embed_proj_dim=HIDDEN, dropout=0.0
+        ),
+        "gpt2": t.GPT2Config(  # fused qkv, one residual tensor
+            vocab_size=4096, n_embd=HIDDEN, n_layer=LAYERS, n_head=HEADS, n_positions=512
+        ),
+        "cohere": t.CohereConfig(**LLAMA_LIKE),  # attention and MLP in parallel, a layer returns the sum
+    }
+
+
+BLOCK = {"opt": "model.decoder.layers.{}.self_attn", "gpt2": "transformer.h.{}.attn"}
+LAYER_LIST = {"opt": "model.decoder.layers", "gpt2": "transformer.h"}
+OUT = {"opt": "out_proj", "gpt2": "c_proj"}
+
+
+@pytest.fixture(params=["qwen3", "qwen2", "mixtral", "gemma2", "opt", "gpt2", "cohere"])
+def built(request: pytest.FixtureRequest, tmp_path: Path, twin_gated: Path) -> Iterator[tuple[str, Path, Any]]:
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(3)
+    configuration = configurations()[request.param]
+    model = AutoModelForCausalLM.from_config(configuration, attn_implementation="eager").eval().float()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(3.0)
+            elif "norm" in name or "ln_" in name:
+                parameter.add_(torch.rand_like(parameter) * 0.2)
+    model.save_pretrained(tmp_path)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(twin_gated / file, tmp_path / file)
+    yield request.param, tmp_path, model
+
+
+def gated_reference(name: str, model: Any, gates: dict[str, torch.Tensor], ids: list[int]) -> tuple[Any, list[Any]]:
+    """Run the Hugging Face model with gates by hooks; return logits and the hidden state after each layer."""
+    hidden: list[torch.Tensor] = []
+    handles = []
+    for index, layer in enumerate(model.get_submodule(LAYER_LIST.get(name, "model.layers"))):
+        path = BLOCK.get(name, "model.layers.{}.self_attn").format(index)
+        block = model.get_submodule(path)
+        weight, bias = gates[f"{path}.output_gate.weight"], gates[f"{path}.output_gate.bias"]
+        seen: dict[str, torch.Tensor] = {}
+
+        def remember(module: Any, args: Any, kwargs: Any, seen: Any = seen) -> None:
+            seen["x"] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+
+        def gate(module: Any, args: Any, seen: Any = seen, weight: Any = weight, bias: Any = bias) -> Any:
+            out = args[0]
+            flat = gate_reference(out.flatten(0, -2), seen["x"].flatten(0, -2), weight, bias, HEADS)
+            return (flat.to(out.dtype).view_as(out),)
+
+        def keep(module: Any, args: Any, output: Any) -> None:
+            hidden.append((output[0] if isinstance(output, tuple) else output)[0])
+
+        handles.append(block.register_forward_pre_hook(remember, with_kwargs=True))
+        handles.append(block.get_submodule(OUT.get(name, "o_proj")).register_forward_pre_hook(gate))
+        handles.append(layer.register_forward_hook(keep))
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0]
+    for handle in handles:
+        handle.remove()
+    return logits, hidden
+
+
+def test_gate_and_probes(make_engine, built, prompts, tmp_path):
+    name, folder, model = built
+    generator = torch.Generator().manual_seed(7)
+    gates = {}
+    for layer in range(LAYERS):
+        path = BLOCK.get(name, "model.layers.{}.self_attn").format(layer) + ".output_gate"
+        gates[f"{path}.weight"] = torch.randn(HEADS, HIDDEN, generator=generator) * 0.3
+        gates[f"{path}.bias"] = torch.randn(HEADS, generator=generator)
+    save_file(gates, folder / "gates.safetensors")
+    engine = make_engine(folder, {**EVERY_ROW, "SLUICE_PATCHES__GATE__SOURCE": str(folder / "gates.safetensors")})
+    ids = prompts[1]
+    logits, hidden = gated_reference(name, model, gates, ids)
+    assert (engine.logits(ids) - logits).abs().max().item() < 2e-4 * max(1.0, logits.abs().max().item())
+    assert engine.rpc("state")["unavailable"] == {}
+    metrics = engine.metrics()
+    for layer, state in enumerate(hidden):
+        want = residual_reference(state, torch.full((len(ids),), OTHER), 100.0, 1000.0)
+        label = f"{layer:03d}"
+        assert metrics["activation_abs_max", label] == pytest.approx(want.abs_max, rel=1e-4)
+        assert metrics["activation_rms", label] == pytest.approx(want.rms, rel=1e-4)
+        assert metrics["activation_kurtosis", label] == pytest.approx(want.kurtosis, rel=1e-3)
+        assert metrics["activation_top_channel", label, "1"] == want.top_channel[0]
+        assert 0 < metrics["attention_sink_mass", label] < 1
+    assert metrics["attention_heads", "000"] == HEADS

@@ -1,0 +1,130 @@
+"""Snapshots, run folders and the collector, with real files and real processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+
+from vllm_sluice.config import RUN_DIR_VARIABLE, Telemetry
+from vllm_sluice.telemetry import rundir
+from vllm_sluice.telemetry.collector import SnapshotCollector
+from vllm_sluice.telemetry.snapshot import SUFFIX, RankInfo, Series, SnapshotReader, SnapshotWriter
+
+
+def info(rank: str = "pp0-tp0", engine: str = "0", pid: int | None = None) -> RankInfo:
+    return RankInfo(os.getpid() if pid is None else pid, rank, engine, "model", "0.1", "0.32.0", "abc")
+
+
+def write_forever(path: str) -> None:
+    writer = SnapshotWriter(Path(path), info(), [Series("sluice_info", (("layer", str(i)),)) for i in range(500)])
+    value = 0.0
+    while True:
+        writer.write(np.full(500, value))
+        value += 1.0
+
+
+def test_a_reader_never_sees_half_a_write(tmp_path):
+    path = tmp_path / f"a{SUFFIX}"
+    process = multiprocessing.get_context("spawn").Process(target=write_forever, args=(str(path),), daemon=True)
+    process.start()
+    try:
+        while not path.exists():
+            pass
+        reader = SnapshotReader(path)
+        seen = set()
+        for _ in range(3000):
+            snapshot = reader.read()
+            if snapshot is not None and not np.isnan(snapshot.values[0]):
+                assert len(set(snapshot.values.tolist())) == 1
+                seen.add(snapshot.values[0])
+        assert len(seen) > 10
+    finally:
+        process.kill()
+        process.join()
+
+
+@pytest.mark.parametrize("content", [b"", b"x", b"SLUICE01", b"0" * 200])
+def test_a_broken_file_is_skipped(tmp_path, content):
+    (tmp_path / f"broken{SUFFIX}").write_bytes(content)
+    SnapshotWriter(tmp_path / f"good{SUFFIX}", info(), [Series("sluice_gate_mean", (("layer", "000"),))]).write(
+        np.array([0.5])
+    )
+    samples = SnapshotCollector(tmp_path).samples()
+    assert [s.value for s in samples if s.metric == "sluice_gate_mean"] == [0.5]
+
+
+def test_ranks_are_combined_as_the_catalogue_says_and_engines_are_not(tmp_path):
+    series = [
+        Series("sluice_attention_sink_mass", (("layer", "000"),)),
+        Series("sluice_attention_heads", (("layer", "000"),)),
+        Series("sluice_activation_abs_max", (("layer", "000"),)),
+    ]
+    for engine, rank, values in (("0", "pp0-tp0", [0.2, 4, 7]), ("0", "pp0-tp1", [0.4, 4, 8]), ("1", "pp0-tp0", [1, 1, 1])):
+        path = tmp_path / f"dp{engine}-{rank}{SUFFIX}"
+        SnapshotWriter(path, info(rank, engine), series).write(np.array(values, dtype=np.float64))
+    found = {(s.metric, dict(s.labels)["engine"]): s.value for s in SnapshotCollector(tmp_path).samples()}
+    assert found["sluice_attention_sink_mass", "0"] == pytest.approx(0.3)
+    assert found["sluice_attention_heads", "0"] == 8
+    assert found["sluice_activation_abs_max", "0"] == 8
+    assert found["sluice_activation_abs_max", "1"] == 1
+
+
+def test_a_dead_rank_and_a_missing_value_are_not_exported(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    one = [Series("sluice_gate_mean", (("layer", "000"),))]
+    SnapshotWriter(tmp_path / f"dead{SUFFIX}", info("pp0-tp1", pid=gone.pid), one).write(np.array([0.1]))
+    SnapshotWriter(tmp_path / f"idle{SUFFIX}", info(), one).write(np.array([np.nan]))
+    text = _render(SnapshotCollector(tmp_path, "full"))
+    assert "sluice_gate_mean" not in text
+    assert 'rank="pp0-tp1"' not in text
+    assert 'sluice_snapshot_age_seconds{engine="0",model_name="model",rank="pp0-tp0"}' in text
+
+
+def test_standard_detail_is_at_most_twelve_series_a_layer(tmp_path):
+    from vllm_sluice.telemetry.catalogue import CATALOGUE
+
+    choices = {"layer": ["000", "001"], "rank": ["1", "2", "3"], "position": ["start", "delimiter", "other"]}
+    series = []
+    for metric in CATALOGUE:
+        if "layer" in metric.labels:
+            labels: list[tuple[tuple[str, str], ...]] = [()]
+            for name in metric.labels:
+                labels = [(*above, (name, value)) for above in labels for value in choices[name]]
+            series += [Series(metric.name, label) for label in labels]
+    SnapshotWriter(tmp_path / f"a{SUFFIX}", info(), series).write(np.ones(len(series)))
+    standard, full = (_render(SnapshotCollector(tmp_path, detail)) for detail in ("standard", "full"))
+    assert standard.count('layer="001"') == 12
+    assert full.count('layer="001"') == 22
+    exported = sum(not line.startswith("#") for line in standard.splitlines())
+    assert f'sluice_exported_series{{engine="0",model_name="model"}} {exported}.0' in standard
+
+
+def test_the_run_folder_is_announced_to_children_and_swept_when_its_server_is_gone(tmp_path, monkeypatch):
+    monkeypatch.setattr(rundir, "_base", lambda: tmp_path)
+    monkeypatch.delenv(RUN_DIR_VARIABLE, raising=False)
+    chosen = rundir.announce(Telemetry())
+    assert os.environ[RUN_DIR_VARIABLE] == str(chosen)
+    assert rundir.announce(Telemetry()) == chosen
+    assert not chosen.exists()
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    stale = tmp_path / f"sluice-{os.getuid()}-{gone.pid}-123"
+    stale.mkdir()
+    rundir.create(chosen)
+    assert chosen.stat().st_mode & 0o777 == 0o700
+    assert not stale.exists()
+    monkeypatch.delenv(RUN_DIR_VARIABLE)
+
+
+def _render(collector: SnapshotCollector) -> str:
+    registry = CollectorRegistry()
+    registry.register(collector)
+    return generate_latest(registry).decode()
