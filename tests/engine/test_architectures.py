@@ -59,10 +59,11 @@ def built(request: pytest.FixtureRequest, tmp_path: Path, twin_gated: Path) -> I
                 parameter.mul_(3.0)
             elif "norm" in name or "ln_" in name:
                 parameter.add_(torch.rand_like(parameter) * 0.2)
-    model.save_pretrained(tmp_path)
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(twin_gated / file, tmp_path / file)
-    yield request.param, tmp_path, model
+        shutil.copy(twin_gated / file, folder / file)
+    yield request.param, folder, model
 
 
 def gated_reference(name: str, model: Any, gates: dict[str, torch.Tensor], ids: list[int]) -> tuple[Any, list[Any]]:
@@ -104,8 +105,9 @@ def test_gate_and_probes(make_engine, built, prompts, tmp_path):
         path = BLOCK.get(name, "model.layers.{}.self_attn").format(layer) + ".output_gate"
         gates[f"{path}.weight"] = torch.randn(HEADS, HIDDEN, generator=generator) * 0.3
         gates[f"{path}.bias"] = torch.randn(HEADS, generator=generator)
-    save_file(gates, folder / "gates.safetensors")
-    engine = make_engine(folder, {**EVERY_ROW, "SLUICE_PATCHES__GATE__SOURCE": str(folder / "gates.safetensors")})
+    sidecar = tmp_path / "gates.safetensors"  # not beside the model: vLLM would load it as weights
+    save_file(gates, sidecar)
+    engine = make_engine(folder, {**EVERY_ROW, "SLUICE_PATCHES__GATE__SOURCE": str(sidecar)})
     ids = prompts[1]
     logits, hidden = gated_reference(name, model, gates, ids)
     assert (engine.logits(ids) - logits).abs().max().item() < 2e-4 * max(1.0, logits.abs().max().item())

@@ -66,7 +66,8 @@ def test_ranks_are_combined_as_the_catalogue_says_and_engines_are_not(tmp_path):
         Series("sluice_attention_heads", (("layer", "000"),)),
         Series("sluice_activation_abs_max", (("layer", "000"),)),
     ]
-    for engine, rank, values in (("0", "pp0-tp0", [0.2, 4, 7]), ("0", "pp0-tp1", [0.4, 4, 8]), ("1", "pp0-tp0", [1, 1, 1])):
+    ranks = (("0", "pp0-tp0", [0.2, 4, 7]), ("0", "pp0-tp1", [0.4, 4, 8]), ("1", "pp0-tp0", [1, 1, 1]))
+    for engine, rank, values in ranks:
         path = tmp_path / f"dp{engine}-{rank}{SUFFIX}"
         SnapshotWriter(path, info(rank, engine), series).write(np.array(values, dtype=np.float64))
     found = {(s.metric, dict(s.labels)["engine"]): s.value for s in SnapshotCollector(tmp_path).samples()}
@@ -122,6 +123,21 @@ def test_the_run_folder_is_announced_to_children_and_swept_when_its_server_is_go
     assert chosen.stat().st_mode & 0o777 == 0o700
     assert not stale.exists()
     monkeypatch.delenv(RUN_DIR_VARIABLE)
+
+
+def test_the_run_folder_is_removed_when_its_first_process_ends(tmp_path):
+    program = (
+        "from pathlib import Path\n"
+        "from vllm_sluice.config import Telemetry\n"
+        "from vllm_sluice.telemetry import rundir\n"
+        f"rundir._base = lambda: Path({str(tmp_path)!r})\n"
+        "folder = rundir.announce(Telemetry())\n"
+        "rundir.create(folder)\n"
+        "assert folder.is_dir()\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != RUN_DIR_VARIABLE}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment)
+    assert list(tmp_path.iterdir()) == []
 
 
 def _render(collector: SnapshotCollector) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import shutil
@@ -14,10 +15,16 @@ _NAME = "sluice-"
 
 
 def announce(telemetry: Telemetry) -> Path:
-    """Choose the folder in the server's first process; its children inherit the choice. Creates nothing."""
+    """Choose the folder in the server's first process; its children inherit the choice. Creates nothing.
+
+    A folder of Sluice's own choice is removed when the first process ends, or by the next server's `create`.
+    """
     chosen = os.environ.get(RUN_DIR_VARIABLE)
     if not chosen:
-        chosen = telemetry.run_dir or str(_base() / f"{_NAME}{os.getuid()}-{os.getpid()}-{_start_ticks(os.getpid())}")
+        chosen = telemetry.run_dir
+        if not chosen:
+            chosen = str(_base() / f"{_NAME}{os.getuid()}-{os.getpid()}-{_start_ticks(os.getpid())}")
+            atexit.register(_remove_at_exit, Path(chosen), os.getpid())
         os.environ[RUN_DIR_VARIABLE] = chosen
     return Path(chosen)
 
@@ -40,6 +47,11 @@ def create(folder: Path) -> None:
 def remove(folder: Path) -> None:
     """Remove the folder and what is in it."""
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_at_exit(folder: Path, owner: int) -> None:
+    if os.getpid() == owner:  # a forked child inherits the registration, not the folder
+        remove(folder)
 
 
 def alive(pid: int) -> bool:
