@@ -28,7 +28,7 @@ def need_program(name: str, package: str) -> str:
 
 def passages() -> list[str]:
     """Return the book passages that the demo sends."""
-    text = (ROOT / "plugin/vllm_sluice/demo_passages.txt").read_text(encoding="utf-8")
+    text = (ROOT / "plugin/vllm_sluice/demo/passages.txt").read_text(encoding="utf-8")
     return [part.strip() for part in text.split("\n\n") if len(part.strip()) > 200]
 
 

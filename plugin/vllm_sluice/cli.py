@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_sluice import __version__
-from vllm_sluice.problem import Problem
+from vllm_sluice.commands.problem import Problem
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -52,7 +52,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _serve(arguments: list[str]) -> int:
-    from vllm_sluice import serve
+    from vllm_sluice.commands import serve
     from vllm_sluice.config import ConfigError
 
     try:
@@ -84,7 +84,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def _add_demo(commands: Subparsers) -> None:
-    from vllm_sluice import demo
+    from vllm_sluice.demo import run as demo
 
     demo.add_command(commands)
 
@@ -118,7 +118,7 @@ def _add_config(commands: Subparsers) -> None:
 
 
 def _add_gates(commands: Subparsers) -> None:
-    from vllm_sluice import gates_inspect
+    from vllm_sluice.commands import gates_inspect
 
     gates_inspect.add_command(commands)
 
@@ -146,7 +146,7 @@ def _add_config_option(parser: argparse.ArgumentParser) -> None:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from vllm_sluice import doctor
+    from vllm_sluice.commands import doctor
 
     return doctor.run(args.model, args.sluice_config, as_json=args.json)
 
@@ -194,7 +194,7 @@ def _config_file(args: argparse.Namespace) -> str | None:
 
 
 def _metrics_docs(args: argparse.Namespace) -> int:
-    from vllm_sluice import metrics_docs
+    from vllm_sluice.commands import metrics_docs
 
     page = metrics_docs.page()
     if args.output is not None:

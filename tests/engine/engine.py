@@ -79,7 +79,8 @@ class Engine:
         self.model = self.runner.get_model()
 
     def encode(self, text: str) -> list[int]:
-        return self.llm.get_tokenizer().encode(text)
+        ids: list[int] = self.llm.get_tokenizer().encode(text)
+        return ids
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         """Compute the logits at every position of one prompt, [tokens, vocabulary]."""
@@ -105,7 +106,8 @@ class Engine:
         by_size = [r for r in rows if len(r) != 1] or rows
         last = next(r for r in reversed(rows) if len(r) == 1)
         prompt = torch.cat(by_size)
-        return torch.cat([prompt[: len(ids) - 1], last])
+        logits: torch.Tensor = torch.cat([prompt[: len(ids) - 1], last])
+        return logits
 
     def generate(self, prompts: Sequence[Sequence[int]], tokens: int = 1, **sampling: Any) -> list[list[int]]:
         """Generate greedily for several prompts at once; return the generated token ids."""
@@ -117,7 +119,8 @@ class Engine:
         return [list(output.outputs[0].token_ids) for output in outputs]
 
     def rpc(self, operation: str, state: dict[str, Any] | None = None) -> dict[str, Any]:
-        return self.llm.collective_rpc("sluice_rpc", args=(operation, state))[0]
+        answer: dict[str, Any] = self.llm.collective_rpc("sluice_rpc", args=(operation, state))[0]
+        return answer
 
     def fresh_windows(self) -> None:
         """Forget what the windows and totals have seen."""

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.conftest import ROOT, need_program
-from vllm_sluice import metrics_docs
+from vllm_sluice.commands import metrics_docs
 from vllm_sluice.telemetry.catalogue import BY_NAME, CATALOGUE, COMMON_LABELS, layer_label
 from vllm_sluice.telemetry.collector import SnapshotCollector
 from vllm_sluice.telemetry.snapshot import SUFFIX, RankInfo, Series, SnapshotWriter

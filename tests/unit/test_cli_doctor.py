@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from vllm_sluice import allowlist, cli, distribution, doctor
-from vllm_sluice.distribution import VllmDistribution
+from vllm_sluice import cli
+from vllm_sluice.commands import allowlist, distribution, doctor
+from vllm_sluice.commands.distribution import VllmDistribution
 
 HIDDEN, HEADS, LAYERS = 64, 4, 3
 PLUGINS = {

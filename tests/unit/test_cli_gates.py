@@ -15,8 +15,9 @@ from hypothesis.extra import numpy as arrays
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
 
-from vllm_sluice import cli, gatefile
+from vllm_sluice import cli
 from vllm_sluice.checkpoints import gates as server_side
+from vllm_sluice.commands import gatefile
 
 HIDDEN = 64
 HEADS = 4

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from vllm_sluice import allowlist, cli, distribution, serve
-from vllm_sluice.allowlist import AllowList, with_sluice
+from vllm_sluice import cli
+from vllm_sluice.commands import allowlist, distribution, serve
+from vllm_sluice.commands.allowlist import AllowList, with_sluice
 
 PLUGINS = {
     "vllm.general_plugins": ["lora_filesystem_resolver", "sluice"],
@@ -91,7 +92,7 @@ def test_the_installed_vllm_keeps_its_own_plugins():
 # ---------------------------------------------------------------------------------------------- the name `vllm`
 ASK = (
     "from importlib import metadata as m\n"
-    "from vllm_sluice import distribution as d\n"
+    "from vllm_sluice.commands import distribution as d\n"
     "groups = ('vllm.general_plugins', 'console_scripts')\n"
     "entries = lambda: sorted(str(e) for g in groups for e in m.entry_points(group=g))\n"
     "names = lambda: sorted(x.metadata['Name'] for x in m.distributions())\n"
@@ -132,7 +133,7 @@ def test_without_vllm_there_is_no_name():
         "import importlib.util, importlib.metadata as m\n"
         "find = importlib.util.find_spec\n"
         "importlib.util.find_spec = lambda name, package=None: None if name == 'vllm' else find(name, package)\n"
-        "from vllm_sluice import distribution as d\n"
+        "from vllm_sluice.commands import distribution as d\n"
         "print(d.installed(), d.provide_name())\n"
     )
     if distribution.installed() is not None and distribution.installed().name == "vllm":
@@ -145,7 +146,7 @@ def test_the_name_lives_in_one_process_only(vllm_name):
         pytest.skip("the name is there")
     program = (
         "import subprocess, sys\n"
-        "from vllm_sluice import distribution as d\n"
+        "from vllm_sluice.commands import distribution as d\n"
         "d.provide_name()\n"
         "print(subprocess.run([sys.executable, '-c', 'import importlib.metadata as m; m.version(\"vllm\")'],"
         " capture_output=True).returncode)\n"

@@ -131,7 +131,7 @@ def test_cards_hold_both_twins_measurements():
 
 def test_only_the_gated_card_explains_the_gate():
     vanilla, gated = pair()
-    assert "sluice serve ./twin-head" in card(gated, vanilla, gated)
+    assert "sluice serve ./twin-gated" in card(gated, vanilla, gated)
     assert '`"sluice_gate": {"granularity": "head"}`' in card(gated, vanilla, gated)
     assert "bias started at -1" in card(gated, vanilla, gated)
     assert "output_gate" not in card(vanilla, vanilla, gated)

@@ -108,8 +108,8 @@ def evaluate(capsys, *arguments):
 
 
 def test_export_writes_both_twins_and_the_verdict(base, exported):
-    assert {folder.name for folder in exported.iterdir()} == {"twin-vanilla", "twin-head"}
-    for run, name in (("none", "twin-vanilla"), ("head", "twin-head")):
+    assert {folder.name for folder in exported.iterdir()} == {"twin-vanilla", "twin-gated"}
+    for run, name in (("none", "twin-vanilla"), ("head", "twin-gated")):
         rounded = as_exported(read_run(base / run).twin)
         assert all(
             (a == b).all()
@@ -119,10 +119,10 @@ def test_export_writes_both_twins_and_the_verdict(base, exported):
 
 def test_run_checkpoint_and_card_agree_on_the_measurements(base, exported, capsys):
     of_run = evaluate(capsys, base / "head")
-    of_checkpoint = evaluate(capsys, exported / "twin-head", "--cache", base / "data")
+    of_checkpoint = evaluate(capsys, exported / "twin-gated", "--cache", base / "data")
     assert {**of_run, "folder": ""} == {**of_checkpoint, "folder": ""}
     vanilla = evaluate(capsys, base / "none")
-    card = (exported / "twin-head" / "README.md").read_text()
+    card = (exported / "twin-gated" / "README.md").read_text()
     assert f"| held-out loss, nats a token | {vanilla['loss']:.4f} | {of_run['loss']:.4f} |" in card
     assert f"| mean gate | - | {of_run['gate_mean']:.3f} |" in card
     assert "The loss is over 64 rows of 16 tokens, everything else over 4 rows" in card
@@ -130,10 +130,10 @@ def test_run_checkpoint_and_card_agree_on_the_measurements(base, exported, capsy
 
 
 def test_held_out_text_of_the_corpus_is_what_training_held_out(base, exported, capsys):
-    cached = evaluate(capsys, exported / "twin-head", "--cache", base / "data")
-    text = evaluate(capsys, exported / "twin-head", "--corpus", base / "corpus.txt", "--held-out-bytes", 3000)
+    cached = evaluate(capsys, exported / "twin-gated", "--cache", base / "data")
+    text = evaluate(capsys, exported / "twin-gated", "--corpus", base / "corpus.txt", "--held-out-bytes", 3000)
     assert cached == text
-    whole = evaluate(capsys, exported / "twin-head", "--corpus", base / "corpus.txt", "--held-out-bytes", 0)
+    whole = evaluate(capsys, exported / "twin-gated", "--corpus", base / "corpus.txt", "--held-out-bytes", 0)
     assert whole["loss"] != text["loss"]
 
 
@@ -148,7 +148,7 @@ def test_evaluate_prints_a_table(base, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["evaluate", "models/twin-head"], "brings no text; name one with --corpus"),
+        (["evaluate", "models/twin-gated"], "brings no text; name one with --corpus"),
         (["evaluate", "data"], "holds neither config.json"),
         (
             ["evaluate", "none", "--cache", "models"],

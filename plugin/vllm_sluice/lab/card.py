@@ -129,8 +129,8 @@ def train_command(config: TwinConfig, recipe: Recipe) -> str:
 
 
 def twin_name(config: TwinConfig) -> str:
-    """Name the exported twin's folder: `twin-vanilla`, `twin-head` or `twin-element`."""
-    return "twin-vanilla" if config.gate == "none" else f"twin-{config.gate}"
+    """Name the exported twin's folder: `twin-vanilla` or `twin-gated`."""
+    return "twin-vanilla" if config.gate == "none" else "twin-gated"
 
 
 def _at_least(name: str, found: float, bound: float, show: Callable[[float], str]) -> Bar:

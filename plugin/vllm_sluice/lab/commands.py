@@ -119,7 +119,9 @@ def _add_export(commands: Subparsers) -> None:
         "--run", dest="runs", type=Path, action="append", required=True, metavar="FOLDER",
         help="folder of a training run; give it twice, for the ungated and the gated twin",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where twin-vanilla and twin-head go")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER", help="where twin-vanilla and twin-gated go"
+    )
     parser.add_argument(
         "--data", metavar="TEXT", help="what the corpus is, for the card (default: the shipped twins' books)"
     )

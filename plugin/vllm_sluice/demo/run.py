@@ -19,13 +19,13 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_sluice.problem import Problem
+from vllm_sluice.commands.problem import Problem
 
 if TYPE_CHECKING:
     from types import FrameType
 
-    from vllm_sluice.demo_child import Child
-    from vllm_sluice.demo_traffic import Totals, Traffic
+    from vllm_sluice.demo.child import Child
+    from vllm_sluice.demo.traffic import Totals, Traffic
 
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
     Problem
         If it cannot start, or a process of it ended by itself.
     """
-    from vllm_sluice import serve
+    from vllm_sluice.commands import serve
 
     serve.check_model(args.model)
     serve.check_port(_HOST, args.port, "PORT=" if "MAKELEVEL" in os.environ else "--port ")
@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace, scratch: Path, stop: _Stop) -> None:
-    from vllm_sluice.demo_traffic import Traffic
+    from vllm_sluice.demo.traffic import Traffic
 
     base = f"http://{_HOST}:{args.port}"
     with ExitStack() as cleanup:
@@ -143,7 +143,7 @@ def _demo(args: argparse.Namespace, scratch: Path, stop: _Stop) -> None:
 # ------------------------------------------------------------------------------------------------ the processes
 def _start_server(args: argparse.Namespace, scratch: Path) -> Child:
     from vllm_sluice.config import RUN_DIR_VARIABLE
-    from vllm_sluice.demo_child import Child
+    from vllm_sluice.demo.child import Child
 
     command = [sys.executable, "-m", "vllm_sluice.cli", "serve", args.model, "--host", _HOST, "--port", str(args.port)]
     if not any(option.startswith("--max-model-len") for option in args.vllm):
@@ -171,7 +171,7 @@ def _wait_until_healthy(server: Child, base: str, line: _StatusLine, stop: _Stop
 
 def _start_prometheus(server_port: int, scratch: Path) -> tuple[Child, str] | None:
     """Start Prometheus with a scratch data folder; return it with its URL, or None if it is not installed."""
-    from vllm_sluice.demo_child import Child
+    from vllm_sluice.demo.child import Child
 
     program = shutil.which("prometheus")
     if program is None:
@@ -351,7 +351,7 @@ def _free_port(preferred: int) -> int:
 
 
 def _check_memory(free: Callable[[], float | None] | None = None) -> None:
-    from vllm_sluice import distribution, doctor
+    from vllm_sluice.commands import distribution, doctor
 
     vllm = distribution.installed()
     if vllm is None:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_sluice import gatefile
-from vllm_sluice.gatefile import GatePair, Header, Shape, Summary
-from vllm_sluice.problem import Problem
+from vllm_sluice.commands import gatefile
+from vllm_sluice.commands.gatefile import GatePair, Header, Shape, Summary
+from vllm_sluice.commands.problem import Problem
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_sluice import allowlist, config, distribution, gatefile
-from vllm_sluice.problem import Problem
+from vllm_sluice import config
+from vllm_sluice.commands import allowlist, distribution, gatefile
+from vllm_sluice.commands.problem import Problem
 
 CONFIG_OPTION = "--sluice-config"
 HELP = f"""\

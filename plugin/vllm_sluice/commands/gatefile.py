@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from vllm_sluice.problem import Problem
+from vllm_sluice.commands.problem import Problem
 
 MODULE = "output_gate"
 DECLARATION = "sluice_gate"

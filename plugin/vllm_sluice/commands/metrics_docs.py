@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
 
-from vllm_sluice.problem import Problem
+from vllm_sluice.commands.problem import Problem
 from vllm_sluice.telemetry.catalogue import CATALOGUE, COMMON_LABELS, STANDARD_RANKS, Detail, Metric, is_exported
 
 LABEL_VALUES: dict[str, tuple[str, ...]] = {

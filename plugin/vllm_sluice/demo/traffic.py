@@ -28,7 +28,7 @@ class Totals:
 
 def passages() -> list[str]:
     """Return the paragraphs of the packaged sample text, its first line (what it is) aside."""
-    text = resources.files("vllm_sluice").joinpath("demo_passages.txt").read_text(encoding="utf-8")
+    text = resources.files("vllm_sluice.demo").joinpath("passages.txt").read_text(encoding="utf-8")
     return text.partition("\n\n")[2].strip().split("\n\n")
 
 

@@ -14,10 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from vllm_sluice import __version__, allowlist, config, distribution, gatefile, serve
-from vllm_sluice.distribution import VllmDistribution
-from vllm_sluice.gatefile import GatePair, Shape
-from vllm_sluice.problem import Problem
+from vllm_sluice import __version__, config
+from vllm_sluice.commands import allowlist, distribution, gatefile, serve
+from vllm_sluice.commands.distribution import VllmDistribution
+from vllm_sluice.commands.gatefile import GatePair, Shape
+from vllm_sluice.commands.problem import Problem
 
 Verdict = Literal["good", "note", "wrong"]
 
