@@ -420,7 +420,7 @@ def dry_forward(model: nn.Module, load: Load, tokens: int = 4) -> None:
         set_forward_context(None, load.vllm_config, num_tokens=tokens, skip_compiled=True),
     ):
         model(
-            input_ids=torch.zeros(tokens, dtype=torch.int32, device=device),
+            input_ids=torch.arange(1, tokens + 1, dtype=torch.int32, device=device),  # a padding token's may be all 0
             positions=torch.arange(tokens, device=device),
             intermediate_tensors=intermediate,
             inputs_embeds=None,

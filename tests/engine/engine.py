@@ -90,7 +90,7 @@ class Engine:
         original = self.model.compute_logits
 
         def keep(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            out = original(hidden, *args, **kwargs)
+            out: torch.Tensor = original(hidden, *args, **kwargs)
             rows.append(out.float().clone())
             return out
 

@@ -44,8 +44,9 @@ class Tap:
 class _Event:
     layer: int | None
     module: nn.Module
-    attention_input: torch.Tensor | None
-    output: Any
+    attention_input: torch.Tensor | None = None
+    output: Any = None
+    kind: Kind = "attention"
 
 
 def find_taps(model: nn.Module, load: Load) -> list[Tap]:
@@ -67,7 +68,7 @@ def find_taps(model: nn.Module, load: Load) -> list[Tap]:
     if compat.is_last_stage() and layers:
         final = next((e for e in reversed(events) if e.layer is None and e.attention_input is None), None)
         if final is not None:
-            taps.append(Tap(layers[-1], final.module, _kind(final.output)))
+            taps.append(Tap(layers[-1], final.module, final.kind))
     if not taps:
         raise LookupError(f"no norm or attention input carries the residual stream of {type(model).__name__}")
     return taps
@@ -80,33 +81,46 @@ def listen(tap: Tap, observer: nn.Module) -> None:
         index, name = compat.hidden_states_argument(tap.module)
         compat.override_forward(tap.module, _observe_argument(index, name))
     else:
-        compat.override_forward(tap.module, _observe_norm)
+        compat.override_forward(tap.module, _observe_residual if tap.kind == "residual" else _observe_input)
 
 
 def _record(model: nn.Module, load: Load) -> list[_Event]:
-    blocks = {id(site.block) for site in compat.attention_sites(model)}
+    sites = compat.attention_sites(model)
+    blocks = {id(site.block) for site in sites}
     owner: dict[int, int] = {}
     for path, layer in compat.decoder_layers(model):
         for module in layer.modules():
             owner[id(module)] = compat.layer_index(path)
     events: list[_Event] = []
-    handles = []
+    handles: list[Any] = []
 
     def on_block(index: int, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = kwargs[name] if name in kwargs else args[index]
-            events.append(_Event(owner.get(id(module)), module, x, None))
+            events.append(_Event(owner.get(id(module)), module, attention_input=x))
 
         return hook
 
-    def on_norm(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        events.append(_Event(owner.get(id(module)), module, None, output))
+    entering: dict[int, list[torch.Tensor]] = {}
 
+    def before_norm(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
+        entering[id(module)] = [t.clone() for t in tensors[:2]]  # fused norms overwrite their arguments
+
+    def on_norm(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        kind = _kind(entering.pop(id(module)), output)
+        events.append(_Event(owner.get(id(module)), module, output=output, kind=kind))
+
+    def no_attention(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(output)  # without metadata the output is uninitialised memory
+
+    handles += [site.attention.register_forward_hook(no_attention) for site in sites]
     for module in model.modules():
         if id(module) in blocks:
             hook = on_block(*compat.hidden_states_argument(module))
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         elif compat.is_norm(module):
+            handles.append(module.register_forward_pre_hook(before_norm, with_kwargs=True))
             handles.append(module.register_forward_hook(on_norm))
     try:
         compat.dry_forward(model, load)
@@ -123,7 +137,7 @@ def _entering(events: list[_Event], layer: int) -> Tap | None:
         return None
     for event in own:
         if event.attention_input is None and _same(_first(event.output), block.attention_input):
-            return Tap(layer - 1, event.module, _kind(event.output))
+            return Tap(layer - 1, event.module, event.kind)
     return Tap(layer - 1, block.module, "attention")
 
 
@@ -131,8 +145,15 @@ def _first(output: Any) -> Any:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _kind(output: Any) -> Kind:
-    return "residual" if isinstance(output, tuple) else "input"
+def _kind(entering: list[torch.Tensor], output: Any) -> Kind:
+    """Tell whether a norm returns the sum of what it was given, as fused norms do, or the stream is its first input.
+
+    A second output alone says nothing: Cohere's final norm hands an outdated residual through.
+    """
+    if not isinstance(output, tuple) or len(entering) < 2:
+        return "input"
+    total = (entering[0].float() + entering[1].float()).to(output[1].dtype)
+    return "residual" if torch.allclose(output[1], total, rtol=1e-2, atol=1e-3, equal_nan=True) else "input"
 
 
 def _same(first: Any, second: Any) -> bool:
@@ -144,11 +165,19 @@ def _same(first: Any, second: Any) -> bool:
     )
 
 
-def _observe_norm(original: Any) -> Any:
+def _observe_residual(original: Any) -> Any:
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         out = original(self, x, *args, **kwargs)
-        self.sluice_residual(out[1] if isinstance(out, tuple) else x)
+        self.sluice_residual(out[1])
         return out
+
+    return forward
+
+
+def _observe_input(original: Any) -> Any:
+    def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.sluice_residual(x)  # before the norm, which may overwrite its input
+        return original(self, x, *args, **kwargs)
 
     return forward
 
