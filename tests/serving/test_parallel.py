@@ -51,7 +51,7 @@ def test_two_ranks_and_two_api_servers_report_as_one_model(two_ranks, four_heads
     sent = [[*choice["prompt_token_ids"], *choice["token_ids"][:-1]] for choice in answers]
     prompts = sum(len(ids) for ids in sent) - 3 * 4
     for _ in range(4):  # whichever API server answers
-        metrics = two_ranks.settled(("tokens_observed_total", "prefill"), prompts)
+        metrics = two_ranks.settled(("tokens_observed_total", "decode"), 3 * 4)
         assert metrics["tokens_observed_total", "prefill"] == prompts
         check(metrics, expected(four_heads, sent), {"default": FLOAT32})
         assert metrics["attention_heads", "000"] == 4
