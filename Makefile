@@ -47,7 +47,7 @@ bench: install ## measurements in bench/, if there are any
 	@set -e; for file in $(wildcard bench/bench_*.py); do echo "$$file"; $(BIN)/python "$$file"; done
 
 system-packages: # Debian's packages, where they may be installed; elsewhere the tests that need them say the command
-	@if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null && [ -n "$(CI)$(INSTALL_SYSTEM)" ]; then \
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
 		deploy/cpu/debian-packages.sh; fi
 
 clean: ## remove caches and build leftovers; keeps the virtual environment and the models

@@ -74,8 +74,6 @@ class Load:
     ----------
     vllm_config
         vLLM's own configuration object.
-    hf_config
-        The model's Hugging Face configuration.
     """
 
     vllm_config: Any
@@ -90,6 +88,23 @@ class Load:
         """Dtype that the model is served in."""
         dtype: torch.dtype = self.vllm_config.model_config.dtype
         return dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device that the model runs on."""
+        return torch.device(self.vllm_config.device_config.device)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the language model's hidden state."""
+        return int(self.vllm_config.model_config.get_hidden_size())
+
+    @property
+    def context_parallel(self) -> bool:
+        """Tell whether one sequence is spread over several ranks."""
+        parallel = self.vllm_config.parallel_config
+        names = ("decode_context_parallel_size", "prefill_context_parallel_size")
+        return any(int(getattr(parallel, name, 1) or 1) > 1 for name in names)
 
     @property
     def served_name(self) -> str:
@@ -514,6 +529,12 @@ def attention_shape(attention: Any) -> AttentionShape:
         If the layer does something that recomputing does not cover; the message names it.
     """
     implementation = attention.impl
+    if type(attention).__name__.endswith("ChunkedLocalAttention"):
+        raise NotImplementedError("chunked local attention")
+    if "flashinfer" in type(implementation).__module__:
+        raise NotImplementedError("FlashInfer keeps its block tables inside its wrappers")
+    if attention.head_size != getattr(attention, "head_size_v", attention.head_size):
+        raise NotImplementedError("keys and values of different width")
     if getattr(implementation, "alibi_slopes", None) is not None:
         raise NotImplementedError("ALiBi slopes")
     if getattr(implementation, "sinks", None) is not None:
@@ -529,6 +550,16 @@ def attention_shape(attention: Any) -> AttentionShape:
         window=int(window) if window and window > 0 else 0,
         kv_heads=int(attention.num_kv_heads),
     )
+
+
+def block_size(attention: Any) -> int:
+    """Return how many tokens a block of a layer's KV cache holds."""
+    return int(attention.kv_cache.shape[2])
+
+
+def key_size(attention: Any) -> int:
+    """Return the width of a layer's queries and keys."""
+    return int(attention.head_size)
 
 
 def block_table(metadata: Any) -> torch.Tensor:
@@ -590,9 +621,11 @@ def _packed_order(isa: str, dtype: torch.dtype, size: int, dim: int) -> torch.Te
 
 
 # ------------------------------------------------------------------------------------------------ the API server
-def api_client_index(engine_client: Any) -> int:
-    """Return the index of this API server among those of one deployment."""
-    return int(getattr(engine_client.engine_core, "client_index", 0) or 0)
+def routes_are_allowed(plugin: str) -> bool:
+    """Tell whether VLLM_PLUGINS names a plugin, without which vLLM loads none of its routes (plugins/__init__.py)."""
+    from vllm import envs
+
+    return plugin in (envs.VLLM_PLUGINS or [])
 
 
 def multiprocess_metrics() -> bool:

@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,9 @@ RUN_DIR_VARIABLE = "SLUICE_RUN_DIR"
 _PREFIX = "SLUICE_"
 _NESTING = "__"
 _NOT_SETTINGS = frozenset({CONFIG_VARIABLE, RUN_DIR_VARIABLE})
+
+_KUBERNETES = re.compile(r"SLUICE_(\w+_)?(SERVICE_(HOST|PORT\w*)|PORT(_\d+_(TCP|UDP)\w*)?)")
+"""What Kubernetes puts into the environment of every pod for a Service whose name begins with `sluice`."""
 
 RUNTIME = {"runtime": True}
 """Marks a key that may change while the server runs (`json_schema_extra` of its field)."""
@@ -79,6 +83,8 @@ class ResidualProbe(_Strict):
     """Whether the installed probe looks at tokens."""
     sample_rows: Annotated[int, Field(ge=1, le=1024)] = 16
     """Tokens a forward pass whose hidden state enters the median's histogram; all other statistics see every token."""
+    sample_every: Annotated[int, Field(ge=1, json_schema_extra=RUNTIME)] = 4
+    """Sample in one forward pass of this many."""
     massive_min: Annotated[float, Field(gt=0)] = 100.0
     """Absolute part of the massive-activation criterion (Sun et al., arXiv 2402.17762)."""
     massive_ratio: Annotated[float, Field(ge=0)] = 1000.0
@@ -133,7 +139,7 @@ class Telemetry(_Strict):
     detail: Literal["standard", "full"] = "standard"
     """`standard` exports at most 12 series a layer on /metrics, `full` everything in the catalogue."""
     run_dir: str | None = None
-    """Folder of the snapshots, shared by all processes of one server; default: one under /dev/shm per server."""
+    """Folder in which every server makes one of its own for its snapshots; default: /dev/shm."""
 
     @model_validator(mode="after")
     def _window_holds_intervals(self) -> Telemetry:
@@ -258,7 +264,7 @@ def _leaves(tree: Mapping[Any, Any], above: tuple[str, ...] = ()) -> Iterator[tu
 
 def _variables(environ: Mapping[str, str]) -> Iterator[tuple[str, tuple[str, ...], Any]]:
     for variable, text in sorted(environ.items()):
-        if not variable.startswith(_PREFIX) or variable in _NOT_SETTINGS:
+        if not variable.startswith(_PREFIX) or variable in _NOT_SETTINGS or _KUBERNETES.fullmatch(variable):
             continue
         keys = tuple(variable[len(_PREFIX) :].lower().split(_NESTING))
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from vllm_sluice.compat import Load
 
 
 class _Loading:
-    """The load of a model under way in this process."""
+    """The load of a model under way in this process, and what the last one installed."""
 
     installer: Any = None
+    installed: Any = None
 
 
 def register() -> None:
@@ -33,12 +35,25 @@ def register() -> None:
     from vllm_sluice.telemetry import rundir
 
     rundir.announce(settings.telemetry)
+    try:
+        _hook()
+    except Exception:
+        if settings.patches.gate.source not in ("auto", "none"):
+            raise
+        compat.logger.exception(
+            "sluice: off, because it does not know this vLLM (%s; tested: %s)",
+            compat.vllm_version(),
+            compat.TESTED_VLLM,
+        )
+
+
+def _hook() -> None:
+    from vllm_sluice import rank
+
     compat.on_compile_hash(fingerprint)
     compat.on_load_model(_before_load, _after_load)
     compat.on_checkpoint_weights(_divert)
     compat.on_forward()
-    from vllm_sluice import rank
-
     compat.add_worker_method("sluice_rpc", rank.worker_method)
 
 
@@ -50,7 +65,10 @@ def endpoint() -> Any:
 
 
 def fingerprint() -> str:
-    """Hash everything that shapes the compiled graph: version, structural settings, sidecar shapes.
+    """Hash everything that shapes the compiled graph: version, structural settings, sidecar shapes, what is installed.
+
+    vLLM asks at the first compilation, after the load. What is installed may differ from what the settings ask for,
+    because a probe that cannot be installed is left out.
 
     Returns
     -------
@@ -65,21 +83,16 @@ def fingerprint() -> str:
     nothing = source == "none" and not (probes.residual.install or probes.attention.install or probes.gate.install)
     if not settings.enabled or nothing:
         return ""
-    shapes = sidecar_shapes(_path(source)) if source.endswith(".safetensors") else {}
-    parts = [__version__, settings.structural_fingerprint(), shapes]
+    shapes = sidecar_shapes(Path(source)) if source.endswith(".safetensors") else {}
+    parts = [__version__, settings.structural_fingerprint(), shapes, _Loading.installed]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _path(name: str) -> Any:
-    from pathlib import Path
-
-    return Path(name)
 
 
 def _before_load(load: Load) -> None:
     from vllm_sluice.patches.installer import Installer
 
     settings = config.load().config
+    _Loading.installed = None
     _Loading.installer = Installer(settings) if settings.enabled else None
     if _Loading.installer is not None:
         _Loading.installer.begin(load)
@@ -102,6 +115,15 @@ def _after_load(model: nn.Module, load: Load) -> None:
     probes = ProbeSet(settings, model, load, patches)
     if not (patches or probes.installed or probes.unavailable):
         return
+    _Loading.installed = [
+        [[patch.name, patch.report.layers, patch.report.detail] for patch in patches.values()],
+        [[probe.kind, probe.layers] for probe in probes.installed],
+    ]
+    if not compat.routes_are_allowed("sluice"):
+        compat.logger.warning(
+            "sluice: measuring, but VLLM_PLUGINS does not name sluice, so /metrics will not show it; "
+            "start with `sluice serve`, or see `sluice doctor`"
+        )
     folder = rundir.announce(settings.telemetry)
     rank = Rank(settings, load, patches, probes, folder, rank_info(load, __version__, fingerprint()))
     setattr(model, compat.RUNTIME_ATTRIBUTE, rank)

@@ -89,6 +89,8 @@ class Rank:
         except Exception:
             for probe in probes:
                 self._failed(probe)
+            if self._rows is not None:
+                self._rows.clear()
             return None
         for probe in probes:
             self._guarded(probe, probe.before, batch)
@@ -98,7 +100,7 @@ class Rank:
         if batch.positions.is_cuda:
             self._stream = torch.cuda.current_stream()
         if self._rows is not None:
-            self._rows.clear(batch)
+            self._rows.clear()
         for probe in probes:
             self._guarded(probe, probe.after, batch)
         self._passes_since_take += 1
@@ -131,10 +133,10 @@ class Rank:
                 if probe.kind in taken:
                     window.add(taken[probe.kind], now)
                 current = window.current(now)
+                values.append(probe.values(current, window.total))
                 if probe.kind in taken and current is not None:
                     with self._lock:
                         probe.steer(current)
-                values.append(probe.values(current, window.total))
             self._writer.write(np.concatenate(values))
 
     def _take(self) -> dict[str, dict[str, np.ndarray]]:
@@ -181,19 +183,21 @@ class Rank:
     def apply(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Apply run-time state: `{"generation": int, "patches": {kind: {"enabled": bool}}}`; return `state()`.
 
+        The caller pauses the engine and resets its prefix cache: cached keys and values hold for one state only.
+
         Raises
         ------
         KeyError
             If a patch is not installed; nothing is changed then.
         """
-        wanted = state.get("patches", {})
+        wanted = {kind: bool(values["enabled"]) for kind, values in state.get("patches", {}).items()}
         missing = [kind for kind in wanted if kind not in self._patches]
         if missing:
             raise KeyError(f"patch {missing[0]!r} is not installed; installed: {sorted(self._patches) or 'none'}")
         self._desired = int(state.get("generation", self._desired + 1))
-        for kind, values in wanted.items():
-            if values["enabled"] != self._patches[kind].enabled:
-                self._patches[kind].switch(bool(values["enabled"]))
+        for kind, enabled in wanted.items():
+            if enabled != self._patches[kind].enabled:
+                self._patches[kind].switch(enabled)
                 self._changed[kind] = time.time()
         self._applied = self._desired
         self.publish()

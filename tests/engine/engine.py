@@ -20,6 +20,7 @@ from vllm_sluice.telemetry.collector import SnapshotCollector
 
 EVERY_ROW = {
     "SLUICE_PROBES__RESIDUAL__SAMPLE_ROWS": "64",
+    "SLUICE_PROBES__RESIDUAL__SAMPLE_EVERY": "1",
     "SLUICE_PROBES__ATTENTION__QUERIES": "64",
     "SLUICE_PROBES__ATTENTION__EVERY": "1",
     "SLUICE_TELEMETRY__INTERVAL_SECONDS": "60",
@@ -71,6 +72,10 @@ class Engine:
     def __init__(self, model: Path, run_dir: Path, variables: dict[str, str] | None = None, **settings: Any) -> None:
         from vllm import LLM
 
+        from vllm_sluice import entrypoints
+
+        with environment():
+            entrypoints.register()  # vLLM loads plugins once a process; the first engine here may have Sluice off
         self._environment = {RUN_DIR_VARIABLE: str(run_dir), **(EVERY_ROW if variables is None else variables)}
         self.run_dir = run_dir
         with environment(**self._environment):

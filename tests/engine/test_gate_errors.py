@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,23 +42,37 @@ def _nan(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def _other_granularity(layer: int) -> Callable[[Gates], None]:
+    def change(gates: Gates) -> None:
+        name = BLOCK.format(layer)
+        rows = 192 if len(gates[f"{name}.weight"]) == 3 else 3
+        gates[f"{name}.weight"] = torch.zeros(rows, 192)
+        gates[f"{name}.bias"] = torch.zeros(rows)
+
+    return change
+
+
 CASES = {
     "missing layer": (_drop(3), ["layer 3 (model.layers.3.self_attn)", "has no gate for it"]),
     "unknown layer": (
         _put(BLOCK.format(17) + ".weight", torch.clone, BLOCK.format(0) + ".weight"),
         ["model.layers.17.self_attn.output_gate", "no such attention block", "model.layers.5.self_attn"],
     ),
+    "second gate": (
+        _put("layers.2.self_attn.output_gate.weight", torch.clone, BLOCK.format(2) + ".weight"),
+        ["a second gate for model.layers.2.self_attn"],
+    ),
     "wrong width": (
         _put(BLOCK.format(1) + ".weight", lambda t: t[:, :-8]),
-        ["layer 1", "has shape [3, 184]", "expected [3, 192] (head)"],
+        ["layer 1", ", 184]", "[3, 192] (head) or [192, 192] (element)"],
     ),
     "wrong rows": (
         _put(BLOCK.format(2) + ".weight", lambda t: torch.cat([t, t])),
-        ["layer 2", "has shape [6, 192]", "[3, 192] (head) or [192, 192] (element)"],
+        ["layer 2", "output_gate.weight has shape [", "[3, 192] (head) or [192, 192] (element)"],
     ),
     "wrong bias": (
         _put(BLOCK.format(2) + ".bias", lambda t: t[:1]),
-        ["layer 2", "output_gate.bias has shape [1], expected [3]"],
+        ["layer 2", "output_gate.bias has shape [1], expected ["],
     ),
     "NaN": (_put(BLOCK.format(4) + ".weight", _nan), ["layer 4", "has 1 NaN or infinite values"]),
     "bias only": (
@@ -68,10 +83,7 @@ CASES = {
         _put("model.layers.0.mlp.up_proj.weight", torch.clone, BLOCK.format(0) + ".weight"),
         ["holds the tensor 'model.layers.0.mlp.up_proj.weight'", "sluice gates inspect"],
     ),
-    "mixed": (
-        _put(BLOCK.format(0) + ".weight", lambda t: t.repeat(64, 1)),
-        ["layer 0", "output_gate.bias has shape [3], expected [192]"],
-    ),
+    "mixed": (_other_granularity(0), ["head-wise and layer", "element-wise gates"]),
 }
 
 
@@ -112,9 +124,11 @@ def test_gates_asked_from_a_checkpoint_without_them(twin_vanilla, tmp_path):
         Engine(twin_vanilla, tmp_path, {"SLUICE_PATCHES__GATE__SOURCE": "checkpoint"})
 
 
-def test_the_wrong_granularity_is_refused(twin_gated, tmp_path):
-    with pytest.raises(PatchError, match=r"expected \[192, 192\] \(element\)"):
-        Engine(twin_gated, tmp_path, {"SLUICE_PATCHES__GATE__GRANULARITY": "element"})
+def test_the_wrong_granularity_is_refused(gates, twin_gated, tmp_path):
+    head_wise = len(gates[BLOCK.format(0) + ".weight"]) == 3
+    wrong, wanted = ("element", "[192, 192] (element)") if head_wise else ("head", "[3, 192] (head)")
+    with pytest.raises(PatchError, match=re.escape(f"expected {wanted}")):
+        Engine(twin_gated, tmp_path, {"SLUICE_PATCHES__GATE__GRANULARITY": wrong})
 
 
 @pytest.mark.parametrize(

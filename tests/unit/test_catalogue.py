@@ -181,7 +181,7 @@ def test_ranks_of_one_engine_are_combined_as_the_catalogue_says(write):
     folder = write(series, np.full(len(series), 3.0), info("pp0-tp1"))
     found = scraped(folder)
     for one in series:
-        expected = {"max": 3.0, "sum": 4.0, "mean": 2.0}[BY_NAME[one.metric].combine]
+        expected = {"max": 3.0, "min": 1.0, "sum": 4.0, "mean": 2.0}[BY_NAME[one.metric].combine]
         assert found[one.metric][key(**dict(one.labels))] == expected, one
 
 

@@ -51,6 +51,7 @@ OTHER_VALUES: dict[tuple[str, ...], Any] = {
     ("probes", "residual", "install"): False,
     ("probes", "residual", "enabled"): False,
     ("probes", "residual", "sample_rows"): 17,
+    ("probes", "residual", "sample_every"): 9,
     ("probes", "residual", "massive_min"): 101.0,
     ("probes", "residual", "massive_ratio"): 1001.0,
     ("probes", "residual", "delimiters"): ["."],

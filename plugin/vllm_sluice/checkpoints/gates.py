@@ -45,9 +45,6 @@ class GateTensors:
         self._parts.setdefault(match["block"], {})[match["part"]] = tensor
         return True
 
-    def __len__(self) -> int:
-        return len(self._parts)
-
     def items(self) -> Iterator[tuple[str, Gate]]:
         """Yield block path and gate, in the order of their names."""
         for block, parts in sorted(self._parts.items()):

@@ -30,7 +30,7 @@ _GROUPS = {
     "patch": ("Patches", "What is built into the model, what acts, and whether every rank agrees."),
     "monitor": ("Sluice itself", "Whether the numbers above are there, fresh and affordable."),
 }
-_COMBINED = {"max": "largest", "sum": "sum", "mean": "mean"}
+_COMBINED = {"max": "largest", "min": "smallest", "sum": "sum", "mean": "mean"}
 _LABELS = """\
 | label | values |
 | --- | --- |

@@ -172,7 +172,9 @@ class GateKind(PatchKind):
         matched: dict[str, gates.Gate] = {}
         for block, gate in self._tensors.items():
             path = exact.get(block) or loose.get(gates.canonical(block))
-            if path is not None:
+            if path in matched:
+                problems.append(f"{block}.{gates.MODULE} in {self._tensors.origin}: a second gate for {path}")
+            elif path is not None:
                 matched[path] = gate
             elif not _on_another_stage(block, load):
                 problems.append(
@@ -194,7 +196,7 @@ class GateKind(PatchKind):
         except LookupError as error:
             problems.append(f"{where}: {error}")
             return
-        hidden = int(load.vllm_config.model_config.get_hidden_size())
+        hidden = load.hidden_size
         rank, ranks = compat.tensor_parallel()
         weight, bias = gate.weight, gate.bias
         if weight is None:
@@ -217,7 +219,7 @@ class GateKind(PatchKind):
             if bad:
                 problems.append(f"{where}: {gates.MODULE}.{part} has {bad} NaN or infinite values, expected none")
                 return
-        device = next(site.block.parameters()).device
+        device = load.device
         local = weight.shape[0] // ranks
         own = slice(rank * local, (rank + 1) * local)
         yield _Planned(

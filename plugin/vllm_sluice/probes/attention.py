@@ -31,7 +31,7 @@ class QueryCopy(nn.Module):
 
     def __init__(self, site: AttentionSite, sample: torch.Tensor, dtype: torch.dtype) -> None:
         super().__init__()
-        width = int(site.attention.head_size)
+        width = compat.key_size(site.attention)
         self.register_buffer("sample", sample, persistent=False)
         buffer = torch.zeros(len(sample), site.heads, width, dtype=dtype, device=sample.device)
         self.register_buffer("queries", buffer, persistent=False)
@@ -54,6 +54,7 @@ class InstalledAttention(Probe):
         self.every = settings.every
         self._settings = settings
         self._sites = sites
+        self.layers = [site.layer for site in sites]
         self._shapes: list[AttentionShape] = [compat.attention_shape(site.attention) for site in sites]
         self._sample = torch.zeros(settings.queries, dtype=torch.int64, device=device)
         self._copies = [QueryCopy(site, self._sample, dtype) for site in sites]
@@ -88,16 +89,23 @@ class InstalledAttention(Probe):
         """Recompute the probabilities of the chosen queries and add their summaries."""
         if len(self._chosen) == 0:
             return
+        try:
+            self._add(batch)
+        finally:
+            self._sample.zero_()  # an index beyond the next, smaller batch would stop the model
+
+    def _add(self, batch: Batch) -> None:
         request, position = batch.request_of(self._chosen), batch.position_of(self._chosen)
         device = self._sample.device
         requests = torch.from_numpy(request.astype(np.int64)).to(device, non_blocking=True)
-        positions = torch.from_numpy(position.astype(np.int64)).to(device, non_blocking=True)
+        # From the device: with speculative decoding the host's count of computed tokens may lag.
+        positions = batch.positions[self._sample[: len(self._chosen)]].long()
         longest = int(position.max()) + 1
         for index, (site, shape, copy) in enumerate(zip(self._sites, self._shapes, self._copies, strict=True)):
             counted = torch.ones_like(positions)
             if shape.window:  # position 0 has left the window of later queries: they say nothing about the sink
                 counted = (positions < shape.window).long()
-            blocks = -(-longest // site.attention.kv_cache.shape[2])
+            blocks = -(-longest // compat.block_size(site.attention))
             table = compat.block_table(batch.attention[site.name])[requests, :blocks].long()
             keys = compat.cached_keys(site.attention, table)
             probability = probabilities(
@@ -106,9 +114,8 @@ class InstalledAttention(Probe):
             summary = summarise(probability, positions).double() * counted.view(1, -1, 1)
             self._sums[index, :, : site.heads] += summary.sum(dim=1)
             self._queries[index] += counted.sum()
-        prefill = int((batch.computed[request] + (self._chosen - batch.starts[request]) < batch.prompts[request]).sum())
+        prefill = int((position < batch.prompts[request]).sum())
         self._phases += (prefill, len(self._chosen) - prefill)
-        self._sample.zero_()
 
     def take(self) -> dict[str, torch.Tensor]:
         """Return and reset: sums [L, 3, heads], queries [L], phases [2] (prefill, decode)."""

@@ -27,6 +27,8 @@ class Probe(ABC):
     reductions: ClassVar[Mapping[str, Reduction]]
     """How two values of an accumulator become one, by name."""
     enabled: bool
+    layers: list[int]
+    """Decoder layers that the probe sees on this rank."""
 
     @abstractmethod
     def before(self, batch: Batch) -> None:

@@ -49,9 +49,9 @@ class InstalledGateProbe(Probe):
 
     def __init__(self, settings: GateProbe, patch: InstalledGate, rows: Rows) -> None:
         self.enabled = settings.enabled
-        self._layers = list(patch.layers)
-        self._observers = [GateObserver(rows, settings.closed_below) for _ in self._layers]
-        for layer, observer in zip(self._layers, self._observers, strict=True):
+        self.layers = list(patch.layers)
+        self._observers = [GateObserver(rows, settings.closed_below) for _ in self.layers]
+        for layer, observer in zip(self.layers, self._observers, strict=True):
             patch.layers[layer].observer = observer
 
     def before(self, batch: Batch) -> None:
@@ -72,13 +72,13 @@ class InstalledGateProbe(Probe):
         """Name the series, layer by layer."""
         return [
             Series(f"sluice_gate_{name}", (("layer", layer_label(layer)),))
-            for layer in self._layers
+            for layer in self.layers
             for name in ("mean", "closed_ratio")
         ]
 
     def values(self, window: Record | None, total: Record | None) -> np.ndarray:
         """Fill the series."""
-        out = np.full((len(self._layers), 2), np.nan)
+        out = np.full((len(self.layers), 2), np.nan)
         if window is not None:
             closed, gates = window["counts"].T
             with np.errstate(divide="ignore", invalid="ignore"):

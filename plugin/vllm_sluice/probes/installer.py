@@ -39,7 +39,7 @@ class ProbeSet:
         if probes.attention.install:
             wanted["attention"] = lambda: self._attention(config, model, load)
         if probes.gate.install and "gate" in patches:
-            wanted["gate"] = lambda: self._gate(config, model, load, patches["gate"])
+            wanted["gate"] = lambda: self._gate(config, load, patches["gate"])
         for kind, build in wanted.items():
             try:
                 self._check(load)
@@ -58,24 +58,24 @@ class ProbeSet:
             )
         if load.microbatches:
             raise ProbeUnavailable("dual-batch overlap splits a batch in ways that probes do not follow")
+        if load.context_parallel:
+            raise ProbeUnavailable("context parallelism spreads a sequence and its KV cache over ranks")
 
-    def _shared_rows(self, config: Config, model: nn.Module, load: Load) -> Rows:
+    def _shared_rows(self, config: Config, load: Load) -> Rows:
         if self.rows is None:
-            device = next(model.parameters()).device
             try:
                 texts = load.token_texts()
             except Exception as error:
                 compat.logger.warning("sluice: no tokenizer, so no token counts as a delimiter: %s", error)
                 texts = [""]
             ids = delimiter_ids(texts, config.probes.residual.delimiters)
-            self.rows = Rows(load.max_tokens, ids, len(texts), device)
+            self.rows = Rows(load.max_tokens, ids, len(texts), load.device)
         return self.rows
 
     def _residual(self, config: Config, model: nn.Module, load: Load) -> Probe:
         taps = find_taps(model, load)
-        hidden = int(load.vllm_config.model_config.get_hidden_size())
-        rows = self._shared_rows(config, model, load)
-        return InstalledResidual(config.probes.residual, taps, hidden, rows, load.dtype)
+        rows = self._shared_rows(config, load)
+        return InstalledResidual(config.probes.residual, taps, load.hidden_size, rows, load.dtype)
 
     def _attention(self, config: Config, model: nn.Module, load: Load) -> Probe:
         usable, problems = [], []
@@ -89,9 +89,9 @@ class ProbeSet:
             compat.logger.warning("sluice: attention is not sampled on %s", "; ".join(problems))
         if not usable:
             raise ProbeUnavailable("no layer's attention can be recomputed")
-        return InstalledAttention(config.probes.attention, usable, load.dtype, next(model.parameters()).device)
+        return InstalledAttention(config.probes.attention, usable, load.dtype, load.device)
 
-    def _gate(self, config: Config, model: nn.Module, load: Load, patch: InstalledPatch) -> Probe:
+    def _gate(self, config: Config, load: Load, patch: InstalledPatch) -> Probe:
         if not isinstance(patch, InstalledGate):
             raise ProbeUnavailable("the gate patch is not installed")
-        return InstalledGateProbe(config.probes.gate, patch, self._shared_rows(config, model, load))
+        return InstalledGateProbe(config.probes.gate, patch, self._shared_rows(config, load))

@@ -68,8 +68,12 @@ class InstalledResidual(Probe):
     def __init__(self, settings: ResidualProbe, taps: list[Tap], hidden: int, rows: Rows, dtype: torch.dtype) -> None:
         device = rows.device
         self.enabled = settings.enabled
+        self.sample_every = settings.sample_every
+        self._passes = 0
+        self._sampling = False
+        self._steered = False
         self._settings = settings
-        self._layers = [tap.layer for tap in taps]
+        self.layers = [tap.layer for tap in taps]
         self._hidden = hidden
         self._sample = torch.zeros(settings.sample_rows, dtype=torch.int64, device=device)
         self._weight = torch.zeros(settings.sample_rows, dtype=torch.int64, device=device)
@@ -80,7 +84,11 @@ class InstalledResidual(Probe):
             listen(tap, observer)
 
     def before(self, batch: Batch) -> None:
-        """Spread the sampled rows evenly over the batch."""
+        """Spread the sampled rows evenly over the batch, in one pass of `sample_every`."""
+        self._passes += 1
+        self._sampling = (self._passes - 1) % self.sample_every == 0
+        if not self._sampling:
+            return
         size = len(self._sample)
         count = min(size, batch.tokens)
         chosen = np.zeros(size, dtype=np.int64)
@@ -91,10 +99,14 @@ class InstalledResidual(Probe):
 
     def after(self, batch: Batch) -> None:
         """Add the sampled rows to the histogram."""
-        sampled = torch.stack([observer.sampled for observer in self._observers]).float().abs()
-        add_to_histogram(self._histogram, sampled, self._weight)
         self._phases += (batch.prefill_tokens, batch.tokens - batch.prefill_tokens)
-        self._sample.zero_()
+        if not self._sampling:
+            return
+        try:
+            sampled = torch.stack([observer.sampled for observer in self._observers]).float().abs()
+            add_to_histogram(self._histogram, sampled, self._weight)
+        finally:
+            self._sample.zero_()  # an index beyond the next, smaller batch would stop the model
 
     def take(self) -> dict[str, torch.Tensor]:
         """Return and reset: channel_max [L, hidden], moments [L, 4], counts [L, 6], histogram [L, BINS], phases [2]."""
@@ -114,6 +126,7 @@ class InstalledResidual(Probe):
 
     def steer(self, window: Record) -> None:
         """Set the massive-activation threshold of each layer from the window's median."""
+        self._steered = True
         for observer, median in zip(self._observers, quantile(window["histogram"], 0.5).tolist(), strict=True):
             if not np.isnan(median):
                 observer.threshold.fill_(max(self._settings.massive_min, self._settings.massive_ratio * median))
@@ -121,7 +134,7 @@ class InstalledResidual(Probe):
     def series(self) -> list[Series]:
         """Name the series: layer by layer, then the tokens looked at by phase."""
         named = []
-        for layer in self._layers:
+        for layer in self.layers:
             label = ("layer", layer_label(layer))
             named += [Series(f"sluice_activation_{name}", (label,)) for name in _PER_LAYER]
             for name in ("top_abs", "top_channel"):
@@ -136,15 +149,16 @@ class InstalledResidual(Probe):
 
     def values(self, window: Record | None, total: Record | None) -> np.ndarray:
         """Fill the series."""
-        layers = len(self._layers)
+        layers = len(self.layers)
         out = np.full((layers, len(_PER_LAYER) + 2 * TOP + 4), np.nan)
         if window is not None:
             with np.errstate(divide="ignore", invalid="ignore"):
                 out[:, : len(_PER_LAYER) + 2 * TOP] = self._window_values(window)
-            out[window["counts"][:, 0] == 0] = np.nan
+            out[window["counts"][:, 2] == 0] = np.nan  # nothing seen, or nothing finite
         counts = np.zeros((layers, 6)) if total is None else total["counts"]
         out[:, -4] = counts[:, 1]
-        out[:, -3:] = counts[:, 3:6]
+        if self._steered:  # until the thresholds are known nothing is counted, which is not the same as none
+            out[:, -3:] = counts[:, 3:6]
         phases = np.zeros(2) if total is None else total["phases"]
         return np.concatenate([out.reshape(-1), phases])
 

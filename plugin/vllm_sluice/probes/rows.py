@@ -16,7 +16,7 @@ class Rows:
     """Position classes of the rows of a batch, int8 on the device, [max_tokens]; a copy for every probe."""
 
     def __init__(self, max_tokens: int, delimiter_ids: list[int], vocabulary: int, device: torch.device) -> None:
-        self._max_tokens = max_tokens
+        self._max_tokens = self._marked = max_tokens
         self._classes: dict[str, torch.Tensor] = {}
         self._is_delimiter = torch.zeros(vocabulary, dtype=torch.bool, device=device)
         self._is_delimiter[torch.tensor(delimiter_ids, dtype=torch.int64, device=device)] = True
@@ -35,7 +35,7 @@ class Rows:
 
     def mark(self, batch: Batch, probes: list[str]) -> None:
         """Classify the real rows of a batch, for the named probes only."""
-        n = batch.tokens
+        n = self._marked = batch.tokens
         found = torch.full((n,), OTHER, dtype=torch.int8, device=self.device)
         if batch.ids is not None:
             ids = batch.ids[:n].long().clamp(0, len(self._is_delimiter) - 1)
@@ -45,10 +45,10 @@ class Rows:
             if probe in self._classes:
                 self._classes[probe][:n] = found
 
-    def clear(self, batch: Batch) -> None:
+    def clear(self) -> None:
         """Ignore all rows again."""
         for classes in self._classes.values():
-            classes[: batch.tokens].fill_(IGNORED)
+            classes[: self._marked].fill_(IGNORED)
 
 
 def delimiter_ids(texts: list[str], delimiters: tuple[str, ...]) -> list[int]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal["gauge", "counter"]
-Combine = Literal["max", "sum", "mean"]
+Combine = Literal["max", "min", "sum", "mean"]
 Detail = Literal["standard", "full"]
 
 COMMON_LABELS = ("model_name", "engine")
@@ -101,8 +101,8 @@ CATALOGUE: tuple[Metric, ...] = (
            "1", _LAYER, "mean", "gate", "full"),
     _counter("tokens_observed", "Tokens that the probes looked at.", "1", ("phase",), "max", "monitor"),
     _counter("queries_sampled", "Queries whose attention was recomputed.", "1", ("phase",), "max", "monitor"),
-    _gauge("patch_installed", "1 if the patch is built into the model.", "1", ("patch",), "max", "patch"),
-    _gauge("patch_enabled", "1 if the installed patch acts.", "1", ("patch",), "max", "patch"),
+    _gauge("patch_installed", "1 if the patch is built into the model on every rank.", "1", ("patch",), "min", "patch"),
+    _gauge("patch_enabled", "1 if the installed patch acts on every rank.", "1", ("patch",), "min", "patch"),
     _gauge("patch_last_change_timestamp_seconds", "When the patch was last switched; absent before the first switch.",
            "seconds", ("patch",), "max", "patch"),
     _gauge("generation", "Generation of the run-time state: desired and applied, per rank.",

@@ -101,8 +101,8 @@ def _about(snapshot: Snapshot) -> Iterator[tuple[str, tuple[tuple[str, str], ...
 
 def _combine(metric: str, values: list[float]) -> float:
     how = BY_NAME[metric].combine
-    if how == "max":
-        return max(values)
+    if how in ("max", "min"):
+        return max(values) if how == "max" else min(values)
     return sum(values) if how == "sum" else sum(values) / len(values)
 
 

@@ -17,22 +17,15 @@ _NAME = "sluice-"
 def announce(telemetry: Telemetry) -> Path:
     """Choose the folder in the server's first process; its children inherit the choice. Creates nothing.
 
-    A folder of Sluice's own choice is removed when the first process ends, or by the next server's `create`.
+    The folder is removed when the first process ends, or by the next server's `create`.
     """
     chosen = os.environ.get(RUN_DIR_VARIABLE)
     if not chosen:
-        chosen = telemetry.run_dir
-        if not chosen:
-            chosen = str(_base() / f"{_NAME}{os.getuid()}-{os.getpid()}-{_start_ticks(os.getpid())}")
-            atexit.register(_remove_at_exit, Path(chosen), os.getpid())
+        base = Path(telemetry.run_dir) if telemetry.run_dir else _base()
+        chosen = str(base / f"{_NAME}{os.getuid()}-{os.getpid()}-{_start_ticks(os.getpid())}")
+        atexit.register(_remove_at_exit, Path(chosen), os.getpid())
         os.environ[RUN_DIR_VARIABLE] = chosen
     return Path(chosen)
-
-
-def current() -> Path | None:
-    """Return the announced folder, or None in a process where Sluice was not registered."""
-    chosen = os.environ.get(RUN_DIR_VARIABLE)
-    return Path(chosen) if chosen else None
 
 
 def create(folder: Path) -> None:
@@ -44,14 +37,9 @@ def create(folder: Path) -> None:
             shutil.rmtree(other, ignore_errors=True)
 
 
-def remove(folder: Path) -> None:
-    """Remove the folder and what is in it."""
-    shutil.rmtree(folder, ignore_errors=True)
-
-
 def _remove_at_exit(folder: Path, owner: int) -> None:
     if os.getpid() == owner:  # a forked child inherits the registration, not the folder
-        remove(folder)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def alive(pid: int) -> bool:
