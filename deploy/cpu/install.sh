@@ -66,7 +66,12 @@ check_system() {
     "$python" -c 'import os, sysconfig, sys
 sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))' || packages+=(python3-dev)
     "$python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null || packages+=(libnuma1)
-    [ ${#packages[@]} -eq 0 ] || fail "missing on this machine; run: apt-get install ${packages[*]}"
+    if [ ${#packages[@]} -gt 0 ]; then
+        [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null \
+            || fail "missing on this machine; run: apt-get install ${packages[*]}"
+        say "Debian packages: ${packages[*]}"
+        quietly "apt-get install ${packages[*]}" install_packages "${packages[@]}"
+    fi
     if [ ! -x "$venv/bin/python" ]; then
         mkdir -p "$(dirname "$venv")"
         local free_gib
@@ -75,6 +80,11 @@ sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Pyth
             "the installation needs $needed_gib GiB and $(dirname "$venv") has $free_gib GiB free; set VENV=/elsewhere or free some"
     fi
     chosen_python=$python
+}
+
+install_packages() {
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get -qq update && apt-get -qq install -y --no-install-recommends "$@"
 }
 
 create_venv() {
@@ -95,8 +105,8 @@ install_dev() { pip_install -r "$dev_lock"; }
 
 main() {
     is_done vllm "$vllm_lock" && is_done plugin pyproject.toml && is_done dev "$dev_lock" && exit 0
-    check_system
     log=$(mktemp -t sluice-install.XXXXXX.log)
+    check_system
     create_venv
     if ! is_done vllm "$vllm_lock"; then
         say "2/4 PyTorch $torch_version"
