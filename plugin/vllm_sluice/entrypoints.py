@@ -125,5 +125,9 @@ def _after_load(model: nn.Module, load: Load) -> None:
             "start with `sluice serve`, or see `sluice doctor`"
         )
     folder = rundir.announce(settings.telemetry)
-    rank = Rank(settings, load, patches, probes, folder, rank_info(load, __version__, fingerprint()))
+    try:
+        rank = Rank(settings, load, patches, probes, folder, rank_info(load, __version__, fingerprint()))
+    except OSError:  # no snapshot, no metrics; the model with its patches is right all the same
+        compat.logger.exception("sluice: no metrics, because the snapshot folder %s cannot be used", folder)
+        return
     setattr(model, compat.RUNTIME_ATTRIBUTE, rank)

@@ -15,11 +15,7 @@ from typing import Any
 
 import torch
 
-MODULE = "output_gate"
-DECLARATION = "sluice_gate"
-"""Key of a checkpoint's config.json that declares gates: `{"granularity": "head" | "element"}`."""
-
-_NAME = re.compile(rf"(?P<block>.+)\.{MODULE}\.(?P<part>weight|bias)")
+from vllm_sluice.checkpoints.names import DECLARATION, GATE_TENSOR, MODULE
 
 
 @dataclass(frozen=True)
@@ -39,7 +35,7 @@ class GateTensors:
 
     def take(self, name: str, tensor: torch.Tensor) -> bool:
         """Keep a tensor if its name is that of a gate; tell whether it was."""
-        match = _NAME.fullmatch(name)
+        match = GATE_TENSOR.fullmatch(name)
         if match is None:
             return False
         self._parts.setdefault(match["block"], {})[match["part"]] = tensor

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from vllm_sluice import __version__, config
+from vllm_sluice.checkpoints import names
 from vllm_sluice.commands import allowlist, distribution, gatefile, serve
 from vllm_sluice.commands.distribution import VllmDistribution
 from vllm_sluice.commands.gatefile import GatePair, Shape
@@ -260,14 +261,14 @@ def _checkpoint_gates(section: str, shape: Shape, pairs: list[GatePair]) -> Iter
         if shape.declared is None:
             yield Finding(section, "gate tensors", "none")
         else:
-            remedy = f"complete the checkpoint, or drop {gatefile.DECLARATION} from its config.json"
+            remedy = f"complete the checkpoint, or drop {names.DECLARATION} from its config.json"
             yield Finding(section, "gate tensors", "none, but config.json declares gates", "wrong", remedy)
         return
     yield from _coverage(section, "gate tensors", shape, pairs)
 
 
 def _declaration(section: str, shape: Shape, pairs: list[GatePair]) -> Iterator[Finding]:
-    name = gatefile.DECLARATION
+    name = names.DECLARATION
     declared = shape.declared
     if declared is None and not pairs:
         yield Finding(section, name, "not declared: no gated checkpoint")

@@ -7,7 +7,6 @@ Schema (docs/gates.md): `<attention module>.output_gate.weight` of shape [rows, 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,15 +14,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from vllm_sluice.checkpoints.names import DECLARATION, GATE_TENSOR, MODULE
 from vllm_sluice.commands.problem import Problem
-
-MODULE = "output_gate"
-DECLARATION = "sluice_gate"
-"""Key of a checkpoint's config.json that declares gates: `{"granularity": "head" | "element"}`."""
 
 Granularity = Literal["head", "element"]
 
-_NAME = re.compile(rf"(?P<block>.+)\.{MODULE}\.(?P<part>weight|bias)")
 _LONGEST_HEADER = 100_000_000
 _SMALLEST_HEAD = 8
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
@@ -169,7 +164,7 @@ def gates(tensors: Iterable[Tensor]) -> list[GatePair]:
     """Return the gates among tensors, in layer order."""
     parts: dict[str, dict[str, Tensor]] = {}
     for tensor in tensors:
-        match = _NAME.fullmatch(tensor.name)
+        match = GATE_TENSOR.fullmatch(tensor.name)
         if match:
             parts.setdefault(match["block"], {})[match["part"]] = tensor
     pairs = [GatePair(module, found.get("weight"), found.get("bias")) for module, found in parts.items()]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_sluice.checkpoints.names import MODULE
 from vllm_sluice.commands import gatefile
 from vllm_sluice.commands.gatefile import GatePair, Header, Shape, Summary
 from vllm_sluice.commands.problem import Problem
@@ -94,7 +95,7 @@ def _row(pair: GatePair, shape: Shape | None, header: Header) -> Row:
 
 def _bad_values(rows: Sequence[Row]) -> list[str]:
     return [
-        f"{row.pair.module}: {gatefile.MODULE}.{part} has {summary.bad} NaN or infinite values"
+        f"{row.pair.module}: {MODULE}.{part} has {summary.bad} NaN or infinite values"
         for row in rows
         for part, summary in (("weight", row.weight), ("bias", row.bias))
         if summary is not None and summary.bad
@@ -104,7 +105,7 @@ def _bad_values(rows: Sequence[Row]) -> list[str]:
 def _no_gates(path: Path, header: Header) -> str:
     names = sorted(header.tensors)
     shown = f"its {len(names)} tensors are named like {names[0]}" if names else "it holds no tensor at all"
-    return f"{path} has no gate: a name ending in .{gatefile.MODULE}.weight is needed, {shown}"
+    return f"{path} has no gate: a name ending in .{MODULE}.weight is needed, {shown}"
 
 
 def _report(path: Path, rows: Sequence[Row], wrong: Sequence[str]) -> list[str]:

@@ -208,19 +208,10 @@ def _train(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     import torch
 
-    from vllm_sluice.lab.evaluate import evaluate
-
     torch.set_num_threads(args.threads)
     twin = _read_twin(args.folder)
     held_out = _held_out(args, twin.config)
-    found = evaluate(
-        twin,
-        held_out,
-        loss_batches=args.loss_rows // _LOSS_BATCH,
-        loss_rows=_LOSS_BATCH,
-        trace_rows=args.trace_rows,
-        progress=True,
-    )
+    found = _evaluation(twin, held_out, args)
     if args.json:
         about = {"folder": str(args.folder), "loss_rows": args.loss_rows, "trace_rows": args.trace_rows}
         print(json.dumps({**about, "config": asdict(twin.config), **found.as_dict()}, indent=2))
@@ -312,13 +303,10 @@ def _read_pair(runs: list[Path]) -> tuple[Trained, Trained]:
     return trained[0], trained[1]
 
 
-def _measure(trained: Trained, held_out: Rows, args: argparse.Namespace) -> Measured:
-    from vllm_sluice.lab.card import Measured
+def _evaluation(twin: Twin, held_out: Rows, args: argparse.Namespace) -> Evaluation:
     from vllm_sluice.lab.evaluate import evaluate
-    from vllm_sluice.lab.export import as_exported
 
-    twin = as_exported(trained.twin)
-    evaluation = evaluate(
+    return evaluate(
         twin,
         held_out,
         loss_batches=args.loss_rows // _LOSS_BATCH,
@@ -326,6 +314,14 @@ def _measure(trained: Trained, held_out: Rows, args: argparse.Namespace) -> Meas
         trace_rows=args.trace_rows,
         progress=True,
     )
+
+
+def _measure(trained: Trained, held_out: Rows, args: argparse.Namespace) -> Measured:
+    from vllm_sluice.lab.card import Measured
+    from vllm_sluice.lab.export import as_exported
+
+    twin = as_exported(trained.twin)
+    evaluation = _evaluation(twin, held_out, args)
     parameters = sum(parameter.numel() for parameter in twin.parameters())
     return Measured(twin.config, trained.recipe, trained.step, parameters, evaluation)
 

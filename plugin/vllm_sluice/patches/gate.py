@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from vllm_sluice import compat
-from vllm_sluice.checkpoints import gates
+from vllm_sluice.checkpoints import gates, names
 from vllm_sluice.compat import AttentionSite, Load
 from vllm_sluice.config import GatePatch
 from vllm_sluice.ops.gate import apply_gate, gate_logits
@@ -112,7 +112,7 @@ class GateKind(PatchKind):
             if self._granularity == "auto" and declaration is not None:
                 self._granularity = str(declaration.get("granularity", "auto"))
             if self._granularity not in ("auto", "head", "element"):
-                found = f"config.json declares {gates.DECLARATION}.granularity = {self._granularity!r}"
+                found = f"config.json declares {names.DECLARATION}.granularity = {self._granularity!r}"
                 raise PatchError(self.name, [f"{found}; head or element expected"], _REMEDY)
         elif source.endswith(".safetensors"):
             try:
@@ -139,7 +139,7 @@ class GateKind(PatchKind):
             found = by_block.get(site.path)
             if found is None:
                 problems.append(
-                    f"layer {site.layer} ({site.path}): {gates.MODULE}.weight expected, but {self._tensors.origin} "
+                    f"layer {site.layer} ({site.path}): {names.MODULE}.weight expected, but {self._tensors.origin} "
                     "has no gate for it"
                 )
                 continue
@@ -173,12 +173,12 @@ class GateKind(PatchKind):
         for block, gate in self._tensors.items():
             path = exact.get(block) or loose.get(gates.canonical(block))
             if path in matched:
-                problems.append(f"{block}.{gates.MODULE} in {self._tensors.origin}: a second gate for {path}")
+                problems.append(f"{block}.{names.MODULE} in {self._tensors.origin}: a second gate for {path}")
             elif path is not None:
                 matched[path] = gate
             elif not _on_another_stage(block, load):
                 problems.append(
-                    f"{block}.{gates.MODULE} in {self._tensors.origin}: no such attention block in the model "
+                    f"{block}.{names.MODULE} in {self._tensors.origin}: no such attention block in the model "
                     f"(it has {sites[0].path} to {sites[-1].path})"
                 )
         return matched
@@ -200,24 +200,24 @@ class GateKind(PatchKind):
         rank, ranks = compat.tensor_parallel()
         weight, bias = gate.weight, gate.bias
         if weight is None:
-            problems.append(f"{where}: {gates.MODULE}.bias is there but {gates.MODULE}.weight is missing")
+            problems.append(f"{where}: {names.MODULE}.bias is there but {names.MODULE}.weight is missing")
             return
         allowed = self._allowed_rows(site, ranks)
         if weight.dim() != 2 or weight.shape[1] != hidden or weight.shape[0] not in allowed:
             rows = " or ".join(f"[{r}, {hidden}] ({g})" for r, g in allowed.items())
-            problems.append(f"{where}: {gates.MODULE}.weight has shape {list(weight.shape)}, expected {rows}")
+            problems.append(f"{where}: {names.MODULE}.weight has shape {list(weight.shape)}, expected {rows}")
             return
         if bias is None:
             bias = torch.zeros(weight.shape[0])
         if list(bias.shape) != [weight.shape[0]]:
             problems.append(
-                f"{where}: {gates.MODULE}.bias has shape {list(bias.shape)}, expected [{weight.shape[0]}]"
+                f"{where}: {names.MODULE}.bias has shape {list(bias.shape)}, expected [{weight.shape[0]}]"
             )
             return
         for part, tensor in (("weight", weight), ("bias", bias)):
             bad = int((~torch.isfinite(tensor.float())).sum())
             if bad:
-                problems.append(f"{where}: {gates.MODULE}.{part} has {bad} NaN or infinite values, expected none")
+                problems.append(f"{where}: {names.MODULE}.{part} has {bad} NaN or infinite values, expected none")
                 return
         device = load.device
         local = weight.shape[0] // ranks

@@ -74,7 +74,6 @@ class InstalledResidual(Probe):
         self._steered = False
         self._settings = settings
         self.layers = [tap.layer for tap in taps]
-        self._hidden = hidden
         self._sample = torch.zeros(settings.sample_rows, dtype=torch.int64, device=device)
         self._weight = torch.zeros(settings.sample_rows, dtype=torch.int64, device=device)
         self._histogram = torch.zeros(len(taps), BINS, dtype=torch.int64, device=device)
