@@ -149,7 +149,7 @@ def test_a_card_tells_of_short_rows():
     vanilla, gated = pair()
     assert "3 rows of 512 tokens each, 18,432,000 tokens in all" in card(gated, vanilla, gated)
     short = replace(gated, recipe=Recipe(short_context=128, short_share=0.8))
-    assert "each (12 of 128 in the first 80% of the recipe's steps), 18," in card(short, vanilla, short)
+    assert "each (12 of 128 in 80% of the steps, spread evenly), 18," in card(short, vanilla, short)
 
 
 def test_a_card_says_that_training_stopped_early():

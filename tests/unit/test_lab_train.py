@@ -139,9 +139,9 @@ def test_settings_of_a_later_version_are_named(tmp_path, data):
         read_run(tmp_path)
 
 
-def test_short_rows_come_first_and_keep_the_tokens_of_a_step():
-    recipe = Recipe(steps=10, rows=3, short_context=128, short_share=0.8)
-    assert [recipe.shape(step, 512) for step in (0, 7, 8, 9)] == [(12, 128), (12, 128), (3, 512), (3, 512)]
+def test_short_rows_are_spread_evenly_and_keep_the_tokens_of_a_step():
+    recipe = Recipe(rows=3, short_context=128, short_share=0.75)
+    assert [recipe.shape(step, 512) for step in range(8)] == 2 * [(12, 128), (12, 128), (12, 128), (3, 512)]
     assert Recipe().shape(0, 512) == (3, 512)
 
 
@@ -150,7 +150,7 @@ def test_a_run_with_short_rows_sees_them(tmp_path, data):
     seen = []
     run.twin.register_forward_pre_hook(lambda _twin, inputs: seen.append(tuple(inputs[0].shape)))
     run.train(evaluate_every=100, until=3)
-    assert seen[:3] == [(4, 8), (4, 8), (2, 16)]
+    assert seen[:3] == [(4, 8), (2, 16), (4, 8)]
 
 
 def test_read_run_of_a_folder_without_checkpoint_says_so(tmp_path):

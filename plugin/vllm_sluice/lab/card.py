@@ -123,6 +123,7 @@ def train_command(config: TwinConfig, recipe: Recipe) -> str:
         "held-out-bytes": recipe.held_out_bytes,
         "short-context": recipe.short_context,
         "short-share": recipe.short_share,
+        "gate-bias": config.gate_bias_init,
     }
     given = " ".join(f"--{name} {value}" for name, value in options.items())
     return f"sluice lab train --corpus CORPUS --out FOLDER {given}"
@@ -260,7 +261,7 @@ def _training(this: Measured, vanilla: Measured, gated: Measured, data: str) -> 
     short_rows, short_context = recipe.shape(0, config.context)
     short = ""
     if recipe.short_share:
-        short = f" ({short_rows} of {short_context} in the first {recipe.short_share:.0%} of the recipe's steps)"
+        short = f" ({short_rows} of {short_context} in {recipe.short_share:.0%} of the steps, spread evenly)"
     stopped = "" if this.step >= recipe.steps else f" of the {recipe.steps} that the recipe plans (stopped early)"
     gate = "" if config.gate == "none" else f" The gate's bias started at {config.gate_bias_init:g}."
     precision = "bfloat16 autocast" if recipe.bfloat16 else "float32"

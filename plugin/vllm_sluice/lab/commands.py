@@ -90,8 +90,14 @@ def _add_train(commands: Subparsers) -> None:
     )
     parser.add_argument(
         "--short-share", type=float, default=0.0, metavar="SHARE",
-        help=f"first share of the steps that uses more but shorter rows, of --short-context tokens ({default})",
+        help=f"share of the steps, spread evenly, with more but shorter rows, of --short-context tokens ({default})",
     )  # fmt: skip
+    parser.add_argument(
+        "--gate-bias", type=float, default=-1.0, metavar="LOGIT", help=f"bias that every gate starts from ({default})"
+    )
+    parser.add_argument(
+        "--compile", dest="compiled", action="store_true", help="compile the training step (torch.compile)"
+    )
     parser.add_argument("--until", type=_positive, metavar="STEP", help="stop here, before the last step; resumable")
     parser.add_argument(
         "--held-out-bytes", type=_positive, default=2_000_000, metavar="N",
@@ -171,6 +177,7 @@ def settings(args: argparse.Namespace) -> tuple[TwinConfig, Recipe]:
         intermediate_size=args.intermediate_size or _intermediate_size(args.hidden_size),
         context=args.context,
         gate=args.gate,
+        gate_bias_init=args.gate_bias,
     )
     recipe = Recipe(
         steps=args.steps,
@@ -198,7 +205,7 @@ def _train(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     config, recipe = settings(args)
     data = prepare_data(args.corpus, args.cache or args.out.parent / "data", config, recipe)
-    run = Run(args.out, config, recipe, data)
+    run = Run(args.out, config, recipe, data, compiled=args.compiled)
     if run.step:
         print(f"resuming {args.out} after step {run.step}", file=sys.stderr)
     run.train(until=args.until)

@@ -33,8 +33,9 @@ class Recipe:
     """How a twin is trained; the same for both twins of a pair.
 
     The lever for sinks at this scale is the number of steps, then weight decay 0.5 and BOS in every row
-    (Gu et al., arXiv 2410.10781). `short_share` of the steps, the first ones, may use shorter rows of `short_context`
-    tokens, more of them, so that a step has as many tokens but costs less attention.
+    (Gu et al., arXiv 2410.10781). `short_share` of the steps, spread evenly over the training, may use shorter rows of
+    `short_context` tokens, more of them, so that a step has as many tokens, more BOS and costs less attention. Spread
+    evenly because a late switch to long rows makes both twins, the gated one too, grow sinks at once.
     """
 
     steps: int = 12_000
@@ -60,7 +61,8 @@ class Recipe:
 
     def shape(self, step: int, context: int) -> tuple[int, int]:
         """Rows and tokens a row of a step's batch."""
-        if step >= self.short_share * self.steps:
+        long_share = 1 - self.short_share
+        if math.floor((step + 1) * long_share) > math.floor(step * long_share):
             return self.rows, context
         return self.rows * context // self.short_context, self.short_context
 
@@ -157,8 +159,11 @@ def _settings_of(stored: dict[str, Any], checkpoint: Path) -> tuple[TwinConfig, 
 class Run:
     """One training run in one folder, with checkpoints, a JSON log and resume."""
 
-    def __init__(self, folder: Path, config: TwinConfig, recipe: Recipe, data: Data) -> None:
+    def __init__(
+        self, folder: Path, config: TwinConfig, recipe: Recipe, data: Data, *, compiled: bool = False
+    ) -> None:
         self.folder, self.config, self.recipe, self.data = folder, config, recipe, data
+        self._loss = torch.compile(self._eager_loss, dynamic=False) if compiled else self._eager_loss
         folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(recipe.seed)
         self.twin = Twin(config)
@@ -230,12 +235,15 @@ class Run:
         rows, context = self.recipe.shape(self.step, self.config.context)
         ids, targets = Rows(self.data.train.tokens, context).batch(self.recipe.seed, self.step, rows)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.bfloat16):
-            loss = F.cross_entropy(self.twin(ids).float().flatten(0, 1), targets.flatten())
+            loss = self._loss(ids, targets)
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.twin.parameters(), self.recipe.clip_norm)
         self.optimizer.step()
         return loss.item()
+
+    def _eager_loss(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(self.twin(ids).float().flatten(0, 1), targets.flatten())
 
     def _evaluate(self) -> Evaluation:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.bfloat16):
