@@ -266,8 +266,10 @@ class Batch:
     @property
     def prefill_tokens(self) -> int:
         """Tokens of this pass that belong to prompts; the rest are decoded tokens."""
-        lengths = np.diff(self.starts)
-        return int(np.clip(self.prompts - self.computed, 0, lengths).sum())
+        pending = self.prompts - self.computed
+        if (pending <= 0).all():  # the usual pass: all requests decode
+            return 0
+        return int(np.minimum(np.maximum(pending, 0), np.diff(self.starts)).sum())
 
     def request_of(self, rows: np.ndarray) -> np.ndarray:
         """Return the request index of each row."""
@@ -581,24 +583,25 @@ def cached_keys(attention: Any, blocks: torch.Tensor) -> torch.Tensor:
     Returns
     -------
     torch.Tensor
-        Keys, [queries, blocks * block_size, kv_heads, head_dim], dtype of the cache.
+        Keys, transposed, [queries, blocks, kv_heads, head_dim, block_size], dtype of the cache.
     """
     cache = attention.kv_cache  # logical [blocks, kv_heads, block, 2 * head_dim], v1/kv_cache_layout.py
     _, heads, size, width = cache.shape
     dim = width // 2
-    if cache.device.type == "cpu":
-        order = _packed_order(attention.isa, cache.dtype, size, dim)
-        keys = cache[blocks].reshape(*blocks.shape, heads, 2, size * dim)[..., 0, :][..., order]
-        keys = keys.view(*blocks.shape, heads, size, dim)
-    else:
-        keys = cache[blocks][..., :dim]
-    flat: torch.Tensor = keys.transpose(2, 3).reshape(blocks.shape[0], blocks.shape[1] * size, heads, dim)
-    return flat
+    if cache.device.type != "cpu":
+        return cache[..., :dim][blocks].transpose(-1, -2)
+    packed = cache.view(len(cache), heads, 2, size * dim)[:, :, 0][blocks]  # keys, then values
+    order = _packed_order(attention.isa, cache.dtype, size, dim)
+    if order is None:
+        return packed.view(*blocks.shape, heads, dim, size)
+    return packed[..., order].view(*blocks.shape, heads, dim, size)
 
 
 @functools.cache
-def _packed_order(isa: str, dtype: torch.dtype, size: int, dim: int) -> torch.Tensor:
-    """Return where the CPU backend puts key element (token, channel) inside a block, [size * dim], int64.
+def _packed_order(isa: str, dtype: torch.dtype, size: int, dim: int) -> torch.Tensor | None:
+    """Return where the CPU backend puts key element (channel, token) inside a block, [dim * size], int64.
+
+    None if channel by channel, as all but the AMX kernels do.
 
     The CPU kernels pack keys in an order that depends on the instruction set. It is measured rather than known:
     keys that hold their own index are written once with vLLM's own kernel and found again.
@@ -617,7 +620,8 @@ def _packed_order(isa: str, dtype: torch.dtype, size: int, dim: int) -> torch.Te
         places += key_part[0, 0].reshape(-1).float().long() * 256**digit
     order = torch.empty_like(places)
     order[places] = index
-    return order
+    order = order.view(size, dim).t().reshape(-1)
+    return None if torch.equal(order, index) else order
 
 
 # ------------------------------------------------------------------------------------------------ the API server

@@ -83,8 +83,8 @@ class ResidualProbe(_Strict):
     """Whether the installed probe looks at tokens."""
     sample_rows: Annotated[int, Field(ge=1, le=1024)] = 16
     """Tokens a forward pass whose hidden state enters the median's histogram; all other statistics see every token."""
-    sample_every: Annotated[int, Field(ge=1, json_schema_extra=RUNTIME)] = 4
-    """Sample in one forward pass of this many."""
+    interval_seconds: Annotated[float, Field(ge=0, le=60, json_schema_extra=RUNTIME)] = 0.25
+    """Sample one forward pass in this time, or fewer if sampling takes over 2 % of the time; 0: every pass."""
     massive_min: Annotated[float, Field(gt=0)] = 100.0
     """Absolute part of the massive-activation criterion (Sun et al., arXiv 2402.17762)."""
     massive_ratio: Annotated[float, Field(ge=0)] = 1000.0
@@ -102,8 +102,8 @@ class AttentionProbe(_Strict):
     """Whether the installed probe samples queries."""
     queries: Annotated[int, Field(ge=1, le=256)] = 8
     """Queries sampled in a forward pass that is looked at."""
-    every: Annotated[int, Field(ge=1, json_schema_extra=RUNTIME)] = 4
-    """Look at one forward pass in this many."""
+    interval_seconds: Annotated[float, Field(ge=0, le=60, json_schema_extra=RUNTIME)] = 0.25
+    """Look at one forward pass in this time, or fewer if looking takes over 2 % of the time; 0: every pass."""
     max_context: Annotated[int, Field(ge=16)] = 8192
     """Queries further than this into their sequence are not sampled, to bound the cost."""
     sink_threshold: Annotated[float, Field(gt=0, lt=1)] = 0.3

@@ -1,7 +1,7 @@
 """The GPU's compile path on the CPU, cold and warm, and the stale-cache cases both ways.
 
-One cache folder, four processes: stock (cold), gated (must not load the stock artifact), gated again (loads its own),
-stock again (loads its own, not the gated one).
+One cache folder, five processes: stock (cold), with probes and gated (neither may load the artifact of another), gated
+again (loads its own), stock again (loads its own, not the gated one).
 """
 
 from __future__ import annotations
@@ -80,6 +80,13 @@ def test_piecewise_compile_cold_and_warm_and_never_stale(twin_vanilla, gated_van
     assert first["loaded"] == 0
     assert first["pieces"] > 6
     assert close(first["on"], plain)
+
+    probes = run(tmp_path / "probes-cold", cache, twin_vanilla, EVERY_ROW, prompts)
+    assert probes["loaded"] == 0
+    assert probes["saved"] == 1
+    assert all(torch.equal(a, b) for a, b in zip(probes["on"], first["on"], strict=True))
+    metrics = {tuple(key): value for key, value in probes["metrics"]}
+    check(metrics, expected(twin_vanilla, prompts), {"default": FLOAT32})
 
     cold = run(tmp_path / "gated-cold", cache, twin_vanilla, gated, prompts)
     assert cold["loaded"] == 0

@@ -114,6 +114,11 @@ def test_the_gate_equals_its_reference(rows):
     assert not torch.equal(on, out)
 
 
+def by_block(keys: torch.Tensor, size: int) -> torch.Tensor:
+    """Lay keys, [queries, length, kv_heads, head_dim], out as the cache does, transposed in blocks of `size`."""
+    return keys.unflatten(1, (-1, size)).permute(0, 1, 3, 4, 2)
+
+
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (8, 1)])
 def test_attention_summaries_equal_the_reference(heads, kv_heads):
     generator = fresh()
@@ -125,7 +130,7 @@ def test_attention_summaries_equal_the_reference(heads, kv_heads):
     rest = torch.arange(length).view(1, -1) > positions.view(-1, 1)
     keys[rest] = float("nan")  # what lies behind the query in its last block must not matter
     keys = torch.nan_to_num(keys, nan=1e4)
-    found = summarise(probabilities(query, keys, positions, scale), positions)
+    found = summarise(probabilities(query, by_block(keys, 8), positions, scale), positions)
     for index, position in enumerate(positions.tolist()):
         want = summary_reference(query[index], keys[index], position, scale)
         for name, row in enumerate(want):
@@ -135,7 +140,7 @@ def test_attention_summaries_equal_the_reference(heads, kv_heads):
 def test_a_soft_cap_is_applied_before_the_softmax():
     generator = fresh()
     query, keys = torch.randn(1, 2, 8, generator=generator), torch.randn(1, 6, 2, 8, generator=generator)
-    got = probabilities(query, keys, torch.tensor([5]), 3.0, soft_cap=2.0)[0]
+    got = probabilities(query, by_block(keys, 3), torch.tensor([5]), 3.0, soft_cap=2.0)[0]
     for head in range(2):
         scores = 2.0 * torch.tanh(3.0 * keys[0, :, head].double() @ query[0, head].double() / 2.0)
         assert torch.allclose(got[head].double(), torch.softmax(scores, 0), atol=1e-6)

@@ -20,8 +20,9 @@ def probabilities(
     query
         Sampled queries, rotary embedding applied, [queries, heads, head_dim].
     keys
-        Keys of each query's own sequence, [queries, length, kv_heads, head_dim]; those after the query's position
-        are ignored, whatever they hold.
+        Keys of each query's own sequence, transposed, block by block as the cache holds them:
+        [queries, blocks, kv_heads, head_dim, block_size]; those after the query's position are ignored, whatever
+        they hold.
     positions
         Position of each query in its sequence, int64, [queries].
     scale, soft_cap
@@ -30,15 +31,16 @@ def probabilities(
     Returns
     -------
     torch.Tensor
-        float32, [queries, heads, length]; 0 after the query's position.
+        float32, [queries, heads, blocks * block_size]; 0 after the query's position.
     """
     queries, heads, dim = query.shape
-    kv_heads = keys.shape[2]
-    grouped = query.float().view(queries, kv_heads, heads // kv_heads, dim)
-    scores = torch.einsum("qkgd,qlkd->qkgl", grouped, keys.float()).reshape(queries, heads, -1) * scale
+    _, blocks, kv_heads, _, size = keys.shape
+    grouped = query.float().view(queries, 1, kv_heads, heads // kv_heads, dim)
+    scores = grouped @ keys.float()  # [queries, blocks, kv_heads, group, block_size]
+    scores = scores.permute(0, 2, 3, 1, 4).reshape(queries, heads, blocks * size) * scale
     if soft_cap > 0:
         scores = soft_cap * torch.tanh(scores / soft_cap)
-    visible = torch.arange(keys.shape[1], device=keys.device) <= positions.view(-1, 1, 1)
+    visible = torch.arange(blocks * size, device=keys.device) <= positions.view(-1, 1, 1)
     return torch.softmax(scores.masked_fill(~visible, float("-inf")), dim=-1)
 
 

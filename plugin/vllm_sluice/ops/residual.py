@@ -39,22 +39,24 @@ def accumulate(
     counts
         int64, [6]: looked-at rows, non-finite entries, finite entries, massive entries by position class.
     """
+    # Row by row first: that fuses with the norm, which reduces over the same rows.
     x = hidden.float()
-    looked_at = (classes < IGNORED).unsqueeze(1)
-    finite = torch.isfinite(x)
-    counted = finite & looked_at
+    looked_at = classes < IGNORED
+    counted = torch.isfinite(x) & looked_at.unsqueeze(1)
     x = torch.where(counted, x, 0.0)
     magnitude = x.abs()
     square = x * x
-    massive = (magnitude >= threshold).sum(dim=1)
+    finite = counted.float().sum(dim=1).long()
+    massive = (magnitude >= threshold).float().sum(dim=1).long()
+    powers = (x, square, square * x, square * square)
     channel_max.copy_(torch.maximum(channel_max, magnitude.amax(dim=0)))
-    moments.add_(torch.stack([x.sum(), square.sum(), (square * x).sum(), (square * square).sum()]).double())
+    moments.add_(torch.stack([power.sum(dim=1).double().sum() for power in powers]))
     counts.add_(
         torch.stack(
             [
                 looked_at.sum(),
-                (looked_at & ~finite).sum(),
-                counted.sum(),
+                torch.where(looked_at, x.shape[1] - finite, 0).sum(),
+                finite.sum(),
                 torch.where(classes == START, massive, 0).sum(),
                 torch.where(classes == DELIMITER, massive, 0).sum(),
                 torch.where(classes == OTHER, massive, 0).sum(),

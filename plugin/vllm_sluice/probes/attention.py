@@ -17,6 +17,7 @@ from vllm_sluice.compat import AttentionShape, AttentionSite, Batch
 from vllm_sluice.config import AttentionProbe
 from vllm_sluice.ops.attention import probabilities, summarise
 from vllm_sluice.probes.base import Probe, Record, Reduction
+from vllm_sluice.probes.pace import Pace
 from vllm_sluice.telemetry.catalogue import layer_label
 from vllm_sluice.telemetry.snapshot import Series
 
@@ -51,7 +52,7 @@ class InstalledAttention(Probe):
     def __init__(self, settings: AttentionProbe, sites: list[AttentionSite], dtype: torch.dtype,
                  device: torch.device) -> None:
         self.enabled = settings.enabled
-        self.every = settings.every
+        self.pace = Pace(settings.interval_seconds)
         self._settings = settings
         self._sites = sites
         self.layers = [site.layer for site in sites]
@@ -62,7 +63,6 @@ class InstalledAttention(Probe):
         self._sums = torch.zeros(len(sites), 3, heads, dtype=torch.float64, device=device)
         self._queries = torch.zeros(len(sites), dtype=torch.int64, device=device)
         self._phases = np.zeros(2, dtype=np.int64)
-        self._passes = 0
         self._chosen = np.zeros(0, dtype=np.int64)
         for site, copy in zip(sites, self._copies, strict=True):
             site.attention.sluice_query_copy = copy
@@ -70,9 +70,8 @@ class InstalledAttention(Probe):
 
     def before(self, batch: Batch) -> None:
         """Choose the queries of this pass: spread evenly over those past position 0 and within max_context."""
-        self._passes += 1
         self._chosen = self._chosen[:0]
-        if not batch.attention or (self._passes - 1) % self.every:
+        if not batch.attention or not self.pace.due():
             return
         rows = np.arange(batch.tokens)
         position = batch.position_of(rows)
@@ -89,10 +88,12 @@ class InstalledAttention(Probe):
         """Recompute the probabilities of the chosen queries and add their summaries."""
         if len(self._chosen) == 0:
             return
+        began = self.pace.now()
         try:
             self._add(batch)
         finally:
             self._sample.zero_()  # an index beyond the next, smaller batch would stop the model
+            self.pace.sampled(began)
 
     def _add(self, batch: Batch) -> None:
         request, position = batch.request_of(self._chosen), batch.position_of(self._chosen)

@@ -17,6 +17,7 @@ from vllm_sluice.config import ResidualProbe
 from vllm_sluice.ops.histogram import BINS, add_to_histogram, quantile
 from vllm_sluice.ops.residual import POSITION_CLASSES, accumulate
 from vllm_sluice.probes.base import Probe, Record, Reduction
+from vllm_sluice.probes.pace import Pace
 from vllm_sluice.probes.rows import Rows
 from vllm_sluice.probes.taps import Tap, listen
 from vllm_sluice.telemetry.catalogue import layer_label
@@ -62,14 +63,13 @@ class InstalledResidual(Probe):
 
     kind = "residual"
     reductions: ClassVar[dict[str, Reduction]] = {
-        "channel_max": "max", "moments": "sum", "counts": "sum", "histogram": "sum", "phases": "sum",
+        "channel_max": "max", "moments": "sum", "counts": "sum", "histogram": "sum", "tokens": "sum",
     }  # fmt: skip
 
     def __init__(self, settings: ResidualProbe, taps: list[Tap], hidden: int, rows: Rows, dtype: torch.dtype) -> None:
         device = rows.device
         self.enabled = settings.enabled
-        self.sample_every = settings.sample_every
-        self._passes = 0
+        self.pace = Pace(settings.interval_seconds)
         self._sampling = False
         self._steered = False
         self._settings = settings
@@ -77,15 +77,14 @@ class InstalledResidual(Probe):
         self._sample = torch.zeros(settings.sample_rows, dtype=torch.int64, device=device)
         self._weight = torch.zeros(settings.sample_rows, dtype=torch.int64, device=device)
         self._histogram = torch.zeros(len(taps), BINS, dtype=torch.int64, device=device)
-        self._phases = np.zeros(2, dtype=np.int64)
+        self._prefill = self._decode = self._starts = 0
         self._observers = [ResidualObserver(hidden, rows, self._sample, dtype) for _ in taps]
         for tap, observer in zip(taps, self._observers, strict=True):
             listen(tap, observer)
 
     def before(self, batch: Batch) -> None:
-        """Spread the sampled rows evenly over the batch, in one pass of `sample_every`."""
-        self._passes += 1
-        self._sampling = (self._passes - 1) % self.sample_every == 0
+        """Spread the sampled rows evenly over the batch, if a sample is due."""
+        self._sampling = self.pace.due()
         if not self._sampling:
             return
         size = len(self._sample)
@@ -98,17 +97,26 @@ class InstalledResidual(Probe):
 
     def after(self, batch: Batch) -> None:
         """Add the sampled rows to the histogram."""
-        self._phases += (batch.prefill_tokens, batch.tokens - batch.prefill_tokens)
+        prefill = batch.prefill_tokens
+        self._prefill += prefill
+        self._decode += batch.tokens - prefill
+        if prefill:
+            self._starts += int((batch.computed == 0).sum())
         if not self._sampling:
             return
+        began = self.pace.now()
         try:
             sampled = torch.stack([observer.sampled for observer in self._observers]).float().abs()
             add_to_histogram(self._histogram, sampled, self._weight)
         finally:
             self._sample.zero_()  # an index beyond the next, smaller batch would stop the model
+            self.pace.sampled(began)
 
     def take(self) -> dict[str, torch.Tensor]:
-        """Return and reset: channel_max [L, hidden], moments [L, 4], counts [L, 6], histogram [L, BINS], phases [2]."""
+        """Return and reset: channel_max [L, hidden], moments [L, 4], counts [L, 6], histogram [L, BINS], tokens [3].
+
+        `tokens`: prefill, decode, and those at position 0.
+        """
         taken = {
             name: torch.stack([getattr(observer, name) for observer in self._observers])
             for name in ("channel_max", "moments", "counts")
@@ -118,9 +126,9 @@ class InstalledResidual(Probe):
             observer.channel_max.zero_()
             observer.moments.zero_()
             observer.counts.zero_()
-        taken["phases"] = torch.from_numpy(self._phases.copy())
+        taken["tokens"] = torch.tensor([self._prefill, self._decode, self._starts])
         self._histogram.zero_()
-        self._phases[:] = 0
+        self._prefill = self._decode = self._starts = 0
         return taken
 
     def steer(self, window: Record) -> None:
@@ -131,7 +139,7 @@ class InstalledResidual(Probe):
                 observer.threshold.fill_(max(self._settings.massive_min, self._settings.massive_ratio * median))
 
     def series(self) -> list[Series]:
-        """Name the series: layer by layer, then the tokens looked at by phase."""
+        """Name the series: layer by layer, then the tokens looked at."""
         named = []
         for layer in self.layers:
             label = ("layer", layer_label(layer))
@@ -144,7 +152,8 @@ class InstalledResidual(Probe):
             named += [
                 Series("sluice_massive_activations_total", (label, ("position", name))) for name in POSITION_CLASSES
             ]
-        return named + [Series("sluice_tokens_observed_total", (("phase", p),)) for p in ("prefill", "decode")]
+        named += [Series("sluice_tokens_observed_total", (("phase", p),)) for p in ("prefill", "decode")]
+        return [*named, Series("sluice_start_tokens_observed_total", ())]
 
     def values(self, window: Record | None, total: Record | None) -> np.ndarray:
         """Fill the series."""
@@ -158,8 +167,8 @@ class InstalledResidual(Probe):
         out[:, -4] = counts[:, 1]
         if self._steered:  # until the thresholds are known nothing is counted, which is not the same as none
             out[:, -3:] = counts[:, 3:6]
-        phases = np.zeros(2) if total is None else total["phases"]
-        return np.concatenate([out.reshape(-1), phases])
+        tokens = np.zeros(3) if total is None else total["tokens"]
+        return np.concatenate([out.reshape(-1), tokens])
 
     def _window_values(self, window: Record) -> np.ndarray:
         channel_max = window["channel_max"].astype(np.float64)

@@ -18,13 +18,13 @@ class Rows:
     def __init__(self, max_tokens: int, delimiter_ids: list[int], vocabulary: int, device: torch.device) -> None:
         self._max_tokens = self._marked = max_tokens
         self._classes: dict[str, torch.Tensor] = {}
-        self._is_delimiter = torch.zeros(vocabulary, dtype=torch.bool, device=device)
-        self._is_delimiter[torch.tensor(delimiter_ids, dtype=torch.int64, device=device)] = True
+        self._class_of = torch.full((vocabulary,), OTHER, dtype=torch.int8, device=device)
+        self._class_of[torch.tensor(delimiter_ids, dtype=torch.int64, device=device)] = DELIMITER
 
     @property
     def device(self) -> torch.device:
         """Device of the model."""
-        return self._is_delimiter.device
+        return self._class_of.device
 
     def classes(self, probe: str) -> torch.Tensor:
         """Return the position classes that a probe reads in the graph; the same tensor for the same probe."""
@@ -36,10 +36,10 @@ class Rows:
     def mark(self, batch: Batch, probes: list[str]) -> None:
         """Classify the real rows of a batch, for the named probes only."""
         n = self._marked = batch.tokens
-        found = torch.full((n,), OTHER, dtype=torch.int8, device=self.device)
-        if batch.ids is not None:
-            ids = batch.ids[:n].long().clamp(0, len(self._is_delimiter) - 1)
-            found.masked_fill_(self._is_delimiter[ids], DELIMITER)
+        if batch.ids is None:
+            found = torch.full((n,), OTHER, dtype=torch.int8, device=self.device)
+        else:
+            found = self._class_of.index_select(0, batch.ids[:n].clamp(0, len(self._class_of) - 1))
         found.masked_fill_(batch.positions[:n] == 0, START)
         for probe in probes:
             if probe in self._classes:
