@@ -585,7 +585,7 @@ def cached_keys(attention: Any, blocks: torch.Tensor) -> torch.Tensor:
     torch.Tensor
         Keys, transposed, [queries, blocks, kv_heads, head_dim, block_size], dtype of the cache.
     """
-    cache = attention.kv_cache  # logical [blocks, kv_heads, block, 2 * head_dim], v1/kv_cache_layout.py
+    cache: torch.Tensor = attention.kv_cache  # logical [blocks, kv_heads, block, 2 * head_dim], v1/kv_cache_layout.py
     _, heads, size, width = cache.shape
     dim = width // 2
     if cache.device.type != "cpu":

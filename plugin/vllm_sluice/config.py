@@ -26,7 +26,8 @@ CONFIG_VARIABLE = "SLUICE_CONFIG"
 RUN_DIR_VARIABLE = "SLUICE_RUN_DIR"
 _PREFIX = "SLUICE_"
 _NESTING = "__"
-_NOT_SETTINGS = frozenset({CONFIG_VARIABLE, RUN_DIR_VARIABLE})
+TOKEN_VARIABLE = "SLUICE_ADMIN_TOKEN"
+_NOT_SETTINGS = frozenset({CONFIG_VARIABLE, RUN_DIR_VARIABLE, TOKEN_VARIABLE})
 
 _KUBERNETES = re.compile(r"SLUICE_(\w+_)?(SERVICE_(HOST|PORT\w*)|PORT(_\d+_(TCP|UDP)\w*)?)")
 """What Kubernetes puts into the environment of every pod for a Service whose name begins with `sluice`."""
@@ -53,6 +54,10 @@ class GatePatch(_Strict):
     """One gate per head, one per element of the attention output, or what the tensors' shapes say."""
     enabled: Annotated[bool, Field(json_schema_extra=RUNTIME)] = True
     """Whether the installed gate acts."""
+    temperature: Annotated[float, Field(gt=0, le=100, json_schema_extra=RUNTIME)] = 1.0
+    """Divides the gate's logits; 1 is the trained gate, larger values make gates more alike."""
+    floor: Annotated[float, Field(ge=0, lt=1, json_schema_extra=RUNTIME)] = 0.0
+    """Smallest value of a gate, `floor + (1 - floor) * sigmoid(...)`; 0 is the trained gate."""
 
     @model_validator(mode="after")
     def _source_is_known(self) -> GatePatch:
@@ -162,6 +167,28 @@ class Live(_Strict):
     """Time between two points of the page's history."""
 
 
+class Control(_Strict):
+    """Changing run-time keys while the server runs, and choosing patches per request."""
+
+    enabled: bool = True
+    """Offer the admin routes and follow the configuration file."""
+    token_file: str | None = None
+    """File with the admin tokens, one `NAME: TOKEN` a line; the variable SLUICE_ADMIN_TOKEN holds one named `admin`.
+    Without any token the routes only read."""
+    allow_remote: bool = False
+    """Take changes from other addresses than the loopback interface's."""
+    changes_per_minute: Annotated[int, Field(ge=1)] = 60
+    """Changes and refused attempts that an API server takes in a minute."""
+    state_file: str | None = None
+    """File that keeps what was set over HTTP, so that it survives a restart of the server; default: none."""
+    watch_seconds: Annotated[float, Field(ge=0.1, le=60)] = 0.5
+    """How often the configuration file is looked at."""
+    timeout_seconds: Annotated[float, Field(ge=1, le=600)] = 30.0
+    """A switch that takes longer is reported as failed; it is still carried to its end."""
+    per_request: bool = False
+    """Let requests choose with `vllm_xargs`, such as `{"sluice.gate": false}`."""
+
+
 class Config(_Strict):
     """All settings of Sluice."""
 
@@ -173,6 +200,7 @@ class Config(_Strict):
     probes: Probes = Probes()
     telemetry: Telemetry = Telemetry()
     live: Live = Live()
+    control: Control = Control()
 
     def structural(self) -> dict[str, Any]:
         """Return the settings that shape the compiled model: patches and probes without their run-time keys."""
@@ -335,11 +363,25 @@ def _nested(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
+def runtime_values(model: BaseModel) -> dict[str, Any]:
+    """Return the run-time keys of one section, such as `Config.patches.gate`, with their values."""
+    return {name: getattr(model, name) for name in runtime_keys(type(model))}
+
+
+def runtime_keys(section: type[BaseModel]) -> list[str]:
+    """Return the names of the keys of a section that may change while the server runs."""
+    return [
+        name
+        for name, field in section.model_fields.items()
+        if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("runtime")
+    ]
+
+
 def _without_runtime(model: BaseModel) -> dict[str, Any]:
     kept: dict[str, Any] = {}
-    for name, field in type(model).model_fields.items():
-        extra = field.json_schema_extra
-        if isinstance(extra, dict) and extra.get("runtime"):
+    runtime = runtime_keys(type(model))
+    for name in type(model).model_fields:
+        if name in runtime:
             continue
         value = getattr(model, name)
         kept[name] = _without_runtime(value) if isinstance(value, BaseModel) else value

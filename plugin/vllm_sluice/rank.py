@@ -181,26 +181,51 @@ class Rank:
 
     # -------------------------------------------------------------------------------------------- control
     def apply(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """Apply run-time state: `{"generation": int, "patches": {kind: {"enabled": bool}}}`; return `state()`.
+        """Apply run-time values as a whole or not at all; return `state()`.
 
-        The caller pauses the engine and resets its prefix cache: cached keys and values hold for one state only.
+        The caller pauses the engine and resets its prefix cache if a patch changes: cached keys and values hold for
+        one state only.
+
+        Parameters
+        ----------
+        state
+            `{"generation": int, "patches": {kind: {key: value}}, "probes": {kind: {key: value}}}`. Probes that this
+            rank lacks are passed over.
 
         Raises
         ------
         KeyError
-            If a patch is not installed; nothing is changed then.
+            If a patch is not installed or has no such value; nothing is changed then.
         """
-        wanted = {kind: bool(values["enabled"]) for kind, values in state.get("patches", {}).items()}
+        wanted = state.get("patches", {})
         missing = [kind for kind in wanted if kind not in self._patches]
         if missing:
             raise KeyError(f"patch {missing[0]!r} is not installed; installed: {sorted(self._patches) or 'none'}")
-        self._desired = int(state.get("generation", self._desired + 1))
-        for kind, enabled in wanted.items():
-            if enabled != self._patches[kind].enabled:
-                self._patches[kind].switch(enabled)
-                self._changed[kind] = time.time()
+        probes = {probe.kind: probe for probe in self._probes}
+        changes: list[tuple[InstalledPatch | Probe, Mapping[str, Any]]] = [
+            *((self._patches[kind], values) for kind, values in wanted.items()),
+            *((probes[kind], values) for kind, values in state.get("probes", {}).items() if kind in probes),
+        ]
+        for part, values in changes:
+            if unknown := sorted(values.keys() - part.runtime.keys()):
+                raise KeyError(f"{unknown[0]!r} is no run-time value here; there are {sorted(part.runtime)}")
+        self._desired = int(state.get("generation", self._applied + 1))
+        before = [(part, dict(part.runtime)) for part, _ in changes]
+        try:
+            for part, values in changes:
+                part.set(values)
+        except Exception:
+            for part, values in before:
+                part.set(values)
+            raise
         self._applied = self._desired
-        self.publish()
+        for part, values in before:
+            if isinstance(part, InstalledPatch) and part.runtime != values:
+                self._changed[part.name] = time.time()
+        try:
+            self.publish()
+        except Exception:
+            compat.logger.exception("sluice: the snapshot could not be written; it will be tried again")
         return self.state()
 
     def state(self) -> dict[str, Any]:
@@ -210,10 +235,14 @@ class Rank:
             "engine": self._info.engine,
             "generation": self._applied,
             "patches": {
-                kind: {"enabled": patch.enabled, "layers": list(patch.report.layers), "detail": patch.report.detail}
+                kind: {
+                    "values": dict(patch.runtime),
+                    "layers": list(patch.report.layers),
+                    "detail": patch.report.detail,
+                }
                 for kind, patch in self._patches.items()
             },
-            "probes": {probe.kind: {"enabled": probe.enabled} for probe in self._probes},
+            "probes": {probe.kind: {"values": probe.runtime | {"enabled": probe.enabled}} for probe in self._probes},
             "unavailable": dict(self._unavailable),
         }
 

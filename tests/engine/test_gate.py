@@ -70,7 +70,7 @@ def test_a_disabled_gate_is_bit_identical_to_stock_vllm(make_engine, twin_gated,
     stock = make_engine(stripped, OFF, dtype=dtype)
     assert not hasattr(stock.model, "sluice_runtime")
     ours = make_engine(twin_gated, {**EVERY_ROW, "SLUICE_PATCHES__GATE__ENABLED": "false"}, dtype=dtype)
-    assert ours.rpc("state")["patches"]["gate"]["enabled"] is False
+    assert ours.rpc("state")["patches"]["gate"]["values"]["enabled"] is False
     for ids in prompts[:4]:
         assert torch.equal(stock.logits(ids), ours.logits(ids))
 

@@ -146,4 +146,4 @@ def test_a_vllm_that_was_not_tested_is_refused(make_engine, twin_gated, tmp_path
     with pytest.raises(PatchError, match=r"(?s)vLLM 0\.32.* is installed.*allow_untested_vllm"):
         Engine(twin_gated, tmp_path, {})
     engine = make_engine(twin_gated, {"SLUICE_ALLOW_UNTESTED_VLLM": "true"})
-    assert engine.rpc("state")["patches"]["gate"]["enabled"]
+    assert engine.rpc("state")["patches"]["gate"]["values"]["enabled"]

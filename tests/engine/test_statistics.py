@@ -201,7 +201,7 @@ def test_a_probe_that_fails_does_not_stop_the_server(make_engine, twin_gated, pr
     assert len(engine.generate([prompts[0]], 12)[0]) == 12
     metrics = engine.metrics()
     assert metrics["probe_errors_total", "attention"] == 10
-    assert engine.rpc("state")["probes"]["attention"]["enabled"] is False
+    assert engine.rpc("state")["probes"]["attention"]["values"]["enabled"] is False
     assert metrics["tokens_observed_total", "prefill"] == len(prompts[0])
 
 
@@ -231,5 +231,9 @@ def test_the_rpc_never_raises(make_engine, twin_gated):
     engine = make_engine(twin_gated)
     assert "unknown operation" in engine.rpc("nonsense")["error"]
     assert "not installed" in engine.rpc("apply", {"patches": {"nonsense": {"enabled": True}}})["error"]
-    assert "error" in engine.rpc("apply", {"patches": {"gate": {}}})
-    assert engine.rpc("state")["patches"]["gate"]["enabled"] is True
+    before = engine.rpc("state")
+    assert "no run-time value" in engine.rpc("apply", {"patches": {"gate": {"enabled": False, "heat": 1}}})["error"]
+    bad = {"patches": {"gate": {"enabled": False, "temperature": "hot"}}}
+    assert "TypeError" in engine.rpc("apply", bad)["error"]
+    assert engine.rpc("state") == before
+    assert engine.rpc("state")["patches"]["gate"]["values"]["enabled"] is True

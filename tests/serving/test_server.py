@@ -21,7 +21,10 @@ from vllm_sluice.telemetry.catalogue import CATALOGUE
 pytestmark = pytest.mark.serving
 
 SETTINGS = {
-    "probes": {"residual": {"sample_rows": 64, "interval_seconds": 0}, "attention": {"queries": 64, "interval_seconds": 0}},
+    "probes": {
+        "residual": {"sample_rows": 64, "interval_seconds": 0},
+        "attention": {"queries": 64, "interval_seconds": 0},
+    },
     "telemetry": {"interval_seconds": 0.5, "window_seconds": 3600, "detail": "full"},
     "live": {"period_seconds": 0.5},
 }

@@ -51,6 +51,8 @@ OTHER_VALUES: dict[tuple[str, ...], Any] = {
     ("probes", "residual", "install"): False,
     ("probes", "residual", "enabled"): False,
     ("probes", "residual", "sample_rows"): 17,
+    ("patches", "gate", "temperature"): 2.0,
+    ("patches", "gate", "floor"): 0.25,
     ("probes", "residual", "interval_seconds"): 9.0,
     ("probes", "residual", "massive_min"): 101.0,
     ("probes", "residual", "massive_ratio"): 1001.0,

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_sluice.ops.attention import probabilities, summarise, summary_reference
-from vllm_sluice.ops.gate import apply_gate, gate_logits, gate_reference
+from vllm_sluice.ops.gate import apply_gate, gate_logits, gate_reference, gate_values
 from vllm_sluice.ops.histogram import BINS, QUANTILE_ERROR, add_to_histogram, quantile
 from vllm_sluice.ops.residual import DELIMITER, IGNORED, OTHER, START, accumulate, residual_reference
 
@@ -105,13 +105,28 @@ def test_the_gate_equals_its_reference(rows):
     x = torch.randn(tokens, hidden, generator=generator)
     count = heads if rows == "head" else heads * size
     weight, bias = torch.randn(count, hidden, generator=generator), torch.randn(count, generator=generator)
-    gate = torch.sigmoid(gate_logits(x, weight, bias).float())
-    on = apply_gate(out, gate, torch.tensor(True), heads)
-    off = apply_gate(out, gate, torch.tensor(False), heads)
+    gate = gate_values(gate_logits(x, weight, bias), torch.ones(()), torch.zeros(()))
+    on = apply_gate(out, gate, torch.ones(tokens, dtype=torch.bool), heads)
+    off = apply_gate(out, gate, torch.zeros(tokens, dtype=torch.bool), heads)
     want = gate_reference(out, x, weight, bias, heads)
     assert torch.allclose(on.double(), want, rtol=1e-5, atol=1e-6)
     assert torch.equal(off, out)
     assert not torch.equal(on, out)
+    mixed = apply_gate(out, gate, torch.arange(tokens) % 2 == 0, heads)
+    assert torch.equal(mixed[::2], on[::2])
+    assert torch.equal(mixed[1::2], out[1::2])
+
+
+def test_temperature_and_floor_of_a_gate_equal_the_reference():
+    generator = fresh()
+    out, x = torch.randn(9, 32, generator=generator), torch.randn(9, 24, generator=generator)
+    weight, bias = torch.randn(4, 24, generator=generator), torch.randn(4, generator=generator)
+    gate = gate_values(gate_logits(x, weight, bias), torch.tensor(1 / 2.5), torch.tensor(0.2))
+    assert gate.min() > 0.2
+    assert gate.max() < 1
+    got = apply_gate(out, gate, torch.ones(9, dtype=torch.bool), 4)
+    want = gate_reference(out, x, weight, bias, 4, temperature=2.5, floor=0.2)
+    assert torch.allclose(got.double(), want, rtol=1e-5, atol=1e-6)
 
 
 def by_block(keys: torch.Tensor, size: int) -> torch.Tensor:

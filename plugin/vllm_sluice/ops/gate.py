@@ -24,8 +24,23 @@ def gate_logits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> to
     return F.linear(x.reshape(-1, x.shape[-1]), weight, bias)
 
 
-def apply_gate(out: torch.Tensor, gate: torch.Tensor, enabled: torch.Tensor, heads: int) -> torch.Tensor:
-    """Multiply the attention output by its gate where `enabled` holds; otherwise return it bit for bit.
+def gate_values(logits: torch.Tensor, sharpness: torch.Tensor, floor: torch.Tensor) -> torch.Tensor:
+    """Turn logits into gate values `f + (1 - f) * sigmoid(logits / temperature)`, float32, shape of `logits`.
+
+    Parameters
+    ----------
+    logits
+        `W x + b`, [tokens, rows].
+    sharpness
+        1 / temperature, float32, scalar tensor; 1 leaves the trained gate as it is.
+    floor
+        Smallest value f of a gate, float32, scalar tensor; 0 leaves the trained gate as it is.
+    """
+    return floor + (1 - floor) * torch.sigmoid(logits.float() * sharpness)
+
+
+def apply_gate(out: torch.Tensor, gate: torch.Tensor, acts: torch.Tensor, heads: int) -> torch.Tensor:
+    """Multiply the attention output by its gate in the rows where `acts` holds; leave other rows bit for bit.
 
     Parameters
     ----------
@@ -33,20 +48,22 @@ def apply_gate(out: torch.Tensor, gate: torch.Tensor, enabled: torch.Tensor, hea
         Attention output, [tokens, heads * head_size].
     gate
         Gate values in (0, 1), float32, [tokens, heads] or [tokens, heads * head_size].
-    enabled
-        Whether the gate acts, bool, scalar tensor on the device.
+    acts
+        Whether the gate acts on each row, bool, [tokens], on the device.
     heads
         Query heads of this rank.
     """
     per_head = out.view(out.shape[0], heads, -1)
     factor = gate.to(out.dtype).view(out.shape[0], heads, -1)
-    return torch.where(enabled, per_head * factor, per_head).reshape(out.shape)
+    return torch.where(acts.view(-1, 1, 1), per_head * factor, per_head).reshape(out.shape)
 
 
 def gate_reference(
-    out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, heads: int
+    out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, heads: int,
+    temperature: float = 1.0, floor: float = 0.0,
 ) -> torch.Tensor:
-    """Gate in float64, written from the formula `out * sigmoid(W x + b)`; shapes as in the fast version."""
-    values = 1 / (1 + torch.exp(-(x.double() @ weight.double().T + bias.double())))
+    """Gate in float64, written from the formula `out * (f + (1 - f) * sigmoid((W x + b) / t))`."""
+    values = 1 / (1 + torch.exp(-(x.double() @ weight.double().T + bias.double()) / temperature))
+    values = floor + (1 - floor) * values
     per_head = out.double().view(out.shape[0], heads, -1)
     return (per_head * values.view(out.shape[0], heads, -1)).reshape(out.shape)

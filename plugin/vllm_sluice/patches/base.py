@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from pydantic import BaseModel
 from torch import nn
 
 from vllm_sluice.compat import Load
+from vllm_sluice.config import runtime_values
 
 
 class PatchError(RuntimeError):
@@ -44,24 +46,49 @@ class Report:
 
 
 class InstalledPatch(ABC):
-    """A patch that is built into a model. Switching it changes a tensor's value and never recompiles."""
+    """A patch that is built into a model. Setting it changes values in device tensors and never recompiles.
+
+    Parameters
+    ----------
+    acts
+        Whether the patch acts on each row of a batch, bool, [max_tokens], on the device; shared by all layers.
+    settings
+        The kind's settings; its run-time keys are the patch's parameters.
+    report
+        What was done to the model.
+    """
 
     name: ClassVar[str]
 
-    def __init__(self, enabled: torch.Tensor, report: Report) -> None:
-        self._flag = enabled
-        self._enabled = bool(enabled.item())
+    def __init__(self, acts: torch.Tensor, settings: BaseModel, report: Report) -> None:
+        self._acts = acts
+        self._chosen = 0
         self.report = report
+        self.runtime: dict[str, Any] = {}
+        self.set(runtime_values(settings))
 
     @property
     def enabled(self) -> bool:
-        """Whether the patch acts."""
-        return self._enabled
+        """Whether the patch acts on requests that do not say otherwise."""
+        return bool(self.runtime["enabled"])
 
-    def switch(self, enabled: bool) -> None:
-        """Make the patch act or not, from the next forward pass on."""
-        self._flag.fill_(enabled)
-        self._enabled = enabled
+    def set(self, values: Mapping[str, Any]) -> None:
+        """Take run-time values, `enabled` and the kind's parameters, from the next forward pass on."""
+        self.runtime |= values
+        self._acts.fill_(self.enabled)
+        self.write_parameters()
+
+    @abstractmethod
+    def write_parameters(self) -> None:
+        """Write the parameters in `runtime` to the device; without a host synchronisation."""
+
+    def choose(self, rows: torch.Tensor | None) -> None:
+        """Say for each row of the coming pass whether the patch acts, bool, [tokens]; None: as `enabled` says."""
+        if self._chosen:
+            self._acts[: self._chosen].fill_(self.enabled)
+        self._chosen = 0 if rows is None else len(rows)
+        if rows is not None:
+            self._acts[: len(rows)].copy_(rows, non_blocking=True)
 
 
 class PatchKind(ABC):

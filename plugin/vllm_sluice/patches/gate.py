@@ -20,7 +20,7 @@ from vllm_sluice import compat
 from vllm_sluice.checkpoints import gates, names
 from vllm_sluice.compat import AttentionSite, Load
 from vllm_sluice.config import GatePatch
-from vllm_sluice.ops.gate import apply_gate, gate_logits
+from vllm_sluice.ops.gate import apply_gate, gate_logits, gate_values
 from vllm_sluice.patches.base import InstalledPatch, PatchError, PatchKind, Report
 
 Granularity = Literal["head", "element"]
@@ -31,23 +31,37 @@ _REMEDY = (
 _NATIVE_GATES = ("g_proj", "gate_proj", "output_gate_proj")
 
 
+@dataclass(frozen=True)
+class _Switch:
+    """The device tensors that run-time values are written to."""
+
+    acts: torch.Tensor
+    sharpness: torch.Tensor
+    floor: torch.Tensor
+
+
 class OutputGate(nn.Module):
     """The gate of one attention layer, its share of heads under tensor parallelism.
 
-    Buffers: `weight` [rows, hidden] and `bias` [rows] in the model's dtype, `enabled` bool scalar shared by all
-    layers. Buffers rather than parameters, so that weight loading and sleep mode leave them alone.
+    Buffers: `weight` [rows, hidden] and `bias` [rows] in the model's dtype; shared by all layers: `acts`, bool,
+    [max_tokens], and `sharpness` (1 / temperature) and `floor`, float32 scalars. Buffers rather than parameters, so
+    that weight loading and sleep mode leave them alone.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor
-    enabled: torch.Tensor
+    acts: torch.Tensor
+    sharpness: torch.Tensor
+    floor: torch.Tensor
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, enabled: torch.Tensor, heads: int) -> None:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, switch: _Switch, heads: int) -> None:
         super().__init__()
         self.heads = heads
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
-        self.register_buffer("enabled", enabled, persistent=False)
+        self.register_buffer("acts", switch.acts, persistent=False)
+        self.register_buffer("sharpness", switch.sharpness, persistent=False)
+        self.register_buffer("floor", switch.floor, persistent=False)
         self.observer: nn.Module | None = None
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
@@ -56,10 +70,10 @@ class OutputGate(nn.Module):
 
     def forward(self, logits: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Gate the attention output, [tokens, heads * head_size]."""
-        gate = torch.sigmoid(logits.float())
+        gate = gate_values(logits, self.sharpness, self.floor)
         if self.observer is not None:
             self.observer(gate)
-        return apply_gate(out, gate, self.enabled, self.heads)
+        return apply_gate(out, gate, self.acts[: out.shape[0]], self.heads)
 
 
 @dataclass(frozen=True)
@@ -75,6 +89,7 @@ class _Plan:
     layers: tuple[_Planned, ...]
     granularity: Granularity
     origin: str
+    max_tokens: int
 
 
 class InstalledGate(InstalledPatch):
@@ -82,9 +97,15 @@ class InstalledGate(InstalledPatch):
 
     name = "gate"
 
-    def __init__(self, enabled: torch.Tensor, report: Report, layers: dict[int, OutputGate]) -> None:
-        super().__init__(enabled, report)
+    def __init__(self, switch: _Switch, settings: GatePatch, report: Report, layers: dict[int, OutputGate]) -> None:
+        self._switch = switch
         self.layers = layers
+        super().__init__(switch.acts, settings, report)
+
+    def write_parameters(self) -> None:
+        """Write temperature and floor."""
+        self._switch.sharpness.fill_(1 / self.runtime["temperature"])
+        self._switch.floor.fill_(self.runtime["floor"])
 
 
 class GateKind(PatchKind):
@@ -147,23 +168,27 @@ class GateKind(PatchKind):
         granularity = _common_granularity(planned, problems)
         if problems:
             raise PatchError(self.name, problems, _REMEDY)
-        return _Plan(tuple(planned), granularity, self._tensors.origin)
+        return _Plan(tuple(planned), granularity, self._tensors.origin, load.max_tokens)
 
     def install(self, plan: _Plan) -> InstalledGate:
         """Attach the gates and override the forwards of blocks and attention layers."""
         device = plan.layers[0].weight.device
-        enabled = torch.tensor(self._settings.enabled, device=device)
+        switch = _Switch(
+            acts=torch.zeros(plan.max_tokens, dtype=torch.bool, device=device),
+            sharpness=torch.ones((), device=device),
+            floor=torch.zeros((), device=device),
+        )
         layers = {}
         for item in plan.layers:
             site = item.site
-            gate = OutputGate(item.weight, item.bias, enabled, site.heads)
+            gate = OutputGate(item.weight, item.bias, switch, site.heads)
             site.attention.sluice_gate = gate
             site.attention.sluice_gate_logits = None
             compat.override_forward(site.block, _leave_logits(site.attribute, item.argument))
             compat.override_forward(site.attention, _apply_logits)
             layers[site.layer] = gate
         detail = f"{plan.granularity}-wise gates on {len(layers)} layers from {plan.origin}"
-        return InstalledGate(enabled, Report(self.name, tuple(layers), detail), layers)
+        return InstalledGate(switch, self._settings, Report(self.name, tuple(layers), detail), layers)
 
     def _match(self, sites: list[AttentionSite], load: Load, problems: list[str]) -> dict[str, gates.Gate]:
         assert self._tensors is not None

@@ -6,6 +6,7 @@ forward pass their probabilities are recomputed from the paged KV cache, whose b
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import nn
 
 from vllm_sluice import compat
 from vllm_sluice.compat import AttentionShape, AttentionSite, Batch
-from vllm_sluice.config import AttentionProbe
+from vllm_sluice.config import AttentionProbe, runtime_values
 from vllm_sluice.ops.attention import probabilities, summarise
 from vllm_sluice.probes.base import Probe, Record, Reduction
 from vllm_sluice.probes.pace import Pace
@@ -51,8 +52,8 @@ class InstalledAttention(Probe):
 
     def __init__(self, settings: AttentionProbe, sites: list[AttentionSite], dtype: torch.dtype,
                  device: torch.device) -> None:
-        self.enabled = settings.enabled
-        self.pace = Pace(settings.interval_seconds)
+        self.runtime = {}
+        self.set(runtime_values(settings))
         self._settings = settings
         self._sites = sites
         self.layers = [site.layer for site in sites]
@@ -117,6 +118,11 @@ class InstalledAttention(Probe):
             self._queries[index] += counted.sum()
         prefill = int((position < batch.prompts[request]).sum())
         self._phases += (prefill, len(self._chosen) - prefill)
+
+    def set(self, values: Mapping[str, Any]) -> None:
+        """Take `enabled` and `interval_seconds`."""
+        super().set(values)
+        self.pace = Pace(self.runtime["interval_seconds"])
 
     def take(self) -> dict[str, torch.Tensor]:
         """Return and reset: sums [L, 3, heads], queries [L], phases [2] (prefill, decode)."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ class Probe(ABC):
     reductions: ClassVar[Mapping[str, Reduction]]
     """How two values of an accumulator become one, by name."""
     enabled: bool
+    runtime: dict[str, Any]
+    """Run-time values, as configured or last set."""
     layers: list[int]
     """Decoder layers that the probe sees on this rank."""
 
@@ -62,6 +64,11 @@ class Probe(ABC):
         numpy.ndarray
             float64, [series]; NaN where there is nothing to report.
         """
+
+    def set(self, values: Mapping[str, Any]) -> None:
+        """Take run-time values: `enabled` and the kind's own."""
+        self.runtime |= values
+        self.enabled = bool(self.runtime["enabled"])
 
     def steer(self, window: Record) -> None:  # noqa: B027 - most probes need no feedback
         """Adjust the device's thresholds to what the window says."""

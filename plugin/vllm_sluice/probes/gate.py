@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vllm_sluice.compat import Batch
-from vllm_sluice.config import GateProbe
+from vllm_sluice.config import GateProbe, runtime_values
 from vllm_sluice.ops.residual import IGNORED
 from vllm_sluice.patches.gate import InstalledGate
 from vllm_sluice.probes.base import Probe, Record, Reduction
@@ -48,7 +48,8 @@ class InstalledGateProbe(Probe):
     reductions: ClassVar[dict[str, Reduction]] = {"sums": "sum", "counts": "sum"}
 
     def __init__(self, settings: GateProbe, patch: InstalledGate, rows: Rows) -> None:
-        self.enabled = settings.enabled
+        self.runtime = {}
+        self.set(runtime_values(settings))
         self.layers = list(patch.layers)
         self._observers = [GateObserver(rows, settings.closed_below) for _ in self.layers]
         for layer, observer in zip(self.layers, self._observers, strict=True):

@@ -6,14 +6,15 @@ after the forward pass: the sampled rows enter a histogram, from which the media
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import nn
 
 from vllm_sluice.compat import Batch
-from vllm_sluice.config import ResidualProbe
+from vllm_sluice.config import ResidualProbe, runtime_values
 from vllm_sluice.ops.histogram import BINS, add_to_histogram, quantile
 from vllm_sluice.ops.residual import POSITION_CLASSES, accumulate
 from vllm_sluice.probes.base import Probe, Record, Reduction
@@ -68,8 +69,8 @@ class InstalledResidual(Probe):
 
     def __init__(self, settings: ResidualProbe, taps: list[Tap], hidden: int, rows: Rows, dtype: torch.dtype) -> None:
         device = rows.device
-        self.enabled = settings.enabled
-        self.pace = Pace(settings.interval_seconds)
+        self.runtime = {}
+        self.set(runtime_values(settings))
         self._sampling = False
         self._steered = False
         self._settings = settings
@@ -111,6 +112,11 @@ class InstalledResidual(Probe):
         finally:
             self._sample.zero_()  # an index beyond the next, smaller batch would stop the model
             self.pace.sampled(began)
+
+    def set(self, values: Mapping[str, Any]) -> None:
+        """Take `enabled` and `interval_seconds`."""
+        super().set(values)
+        self.pace = Pace(self.runtime["interval_seconds"])
 
     def take(self) -> dict[str, torch.Tensor]:
         """Return and reset: channel_max [L, hidden], moments [L, 4], counts [L, 6], histogram [L, BINS], tokens [3].

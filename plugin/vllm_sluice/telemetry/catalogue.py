@@ -101,7 +101,7 @@ CATALOGUE: tuple[Metric, ...] = (
            "1", _LAYER, "mean", "gate", "full"),
     _counter("tokens_observed", "Tokens that the probes looked at.", "1", ("phase",), "max", "monitor"),
     _counter("start_tokens_observed",
-             "Tokens at position 0 that the probes looked at; those that the prefix cache holds are not computed again.",
+             "Tokens at position 0 that the probes looked at; those in the prefix cache are not computed again.",
              "1", (), "max", "monitor"),
     _counter("queries_sampled", "Queries whose attention was recomputed.", "1", ("phase",), "max", "monitor"),
     _gauge("patch_installed", "1 if the patch is built into the model on every rank.", "1", ("patch",), "min", "patch"),
