@@ -1,6 +1,7 @@
 """The whole configuration: one strict tree, read from one YAML file and from `SLUICE_*` variables.
 
-Nothing else in Sluice parses settings. Precedence: environment over file over default. Keys are either structural
+Nothing else in Sluice parses settings. Precedence: file over environment over default, so that an edited file
+always counts. Keys are either structural
 (they change what is built into the model; a change needs a restart and a new compile-cache key) or run-time (they
 change a value on the device); `RUNTIME` marks the latter.
 """
@@ -242,19 +243,41 @@ def load(path: str | Path | None = None, environ: Mapping[str, str] | None = Non
     path = path or environ.get(CONFIG_VARIABLE) or None
     tree: dict[str, Any] = {}
     origins: dict[str, str] = {}
-    if path is not None:
-        tree = _read_yaml(Path(path))
-        origins = {".".join(keys): str(path) for keys, _ in _leaves(tree)}
     for variable, keys, value in _variables(environ):
         _put(tree, keys, value, variable)
         origins[".".join(keys)] = variable
+    if path is not None:
+        for keys, value in _leaves(_read_yaml(Path(path))):
+            _put(tree, keys, value, str(path))
+            if value != {}:
+                key = ".".join(keys)
+                origins = {k: o for k, o in origins.items() if not k.startswith(f"{key}.")} | {key: str(path)}
+    return Loaded(_validate(tree, origins), origins)
+
+
+def _validate(tree: Mapping[str, Any], origins: Mapping[str, str]) -> Config:
     try:
-        config = Config.model_validate_json(json.dumps(tree))
+        return Config.model_validate_json(json.dumps(tree))
     except ValidationError as error:
         raise ConfigError(_explain(error, origins)) from None
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{path}: {error}; a setting has to be a plain YAML value") from None
-    return Loaded(config, origins)
+        where = ", ".join(sorted(set(origins.values())))
+        raise ConfigError(f"{where}: {error}; a setting has to be a plain YAML value") from None
+
+
+def with_values(loaded: Loaded, values: Mapping[str, Any], origin: str) -> Loaded:
+    """Put values, by dotted key, on top of a configuration; None takes nothing away and is refused as any value is.
+
+    Raises
+    ------
+    ConfigError
+        If a key is unknown or a value does not fit.
+    """
+    tree = loaded.config.model_dump(mode="json")
+    for key, value in values.items():
+        _put(tree, tuple(key.split(".")), value, origin)
+    origins = {**loaded.origins, **dict.fromkeys(values, origin)}
+    return Loaded(_validate(tree, origins), origins)
 
 
 def schema() -> dict[str, Any]:
@@ -305,9 +328,10 @@ def _put(tree: dict[str, Any], keys: tuple[str, ...], value: Any, variable: str)
     for key in keys[:-1]:
         below = tree.setdefault(key, {})
         if not isinstance(below, dict):
-            raise ConfigError(f"{variable} sets a key below {key!r}, which the file sets to {below!r}")
+            raise ConfigError(f"{variable} sets a key below {key!r}, which is set to {below!r} elsewhere")
         tree = below
-    tree[keys[-1]] = value
+    if value != {} or not isinstance(tree.get(keys[-1]), dict):
+        tree[keys[-1]] = value
 
 
 def _explain(error: ValidationError, origins: Mapping[str, str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -10,6 +11,11 @@ from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
 from vllm_sluice import compat, config
+from vllm_sluice.control import routes as control_routes
+from vllm_sluice.control.controller import Controller, NotReady
+from vllm_sluice.control.journal import Journal
+from vllm_sluice.control.measured import server_values
+from vllm_sluice.control.tokens import read_tokens
 from vllm_sluice.live import routes
 from vllm_sluice.live.history import History
 from vllm_sluice.telemetry import rundir
@@ -23,18 +29,28 @@ class SluiceEndpoint:
     required_tasks: tuple[str, ...] | None = ("generate",)
 
     def __init__(self) -> None:
-        settings = config.load().config
+        self._loaded = config.load()
+        settings = self._loaded.config
         self._enabled = settings.enabled
         self._live = settings.live
-        self._collector = SnapshotCollector(rundir.announce(settings.telemetry), settings.telemetry.detail)
+        self._control = settings.control
+        self._tokens = read_tokens(settings.control.token_file)
+        folder = rundir.announce(settings.telemetry)
+        self._journal = Journal(folder)
+        self._collector = SnapshotCollector(folder, settings.telemetry.detail, lambda: server_values(self._journal))
         self._history = History(self._collector, settings.live, settings.telemetry.interval_seconds)
-        self._recording: asyncio.Task[None] | None = None
+        self._controller: Controller | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes, and the series to `/metrics`; there is no engine yet."""
         if not self._enabled:
             return
-        app.include_router(routes.build_router(self._collector, self._live, self._history))
+        app.include_router(routes.build_router(self._collector, self._live, self._history, self._describe))
+        if self._control.enabled:
+            app.include_router(
+                control_routes.build_router(routes.PREFIX, self._control, self._tokens, lambda: self._controller)
+            )
         if compat.multiprocess_metrics():
             # With several API servers /metrics is answered from files of plain counters and gauges, where a custom
             # collector does not appear; a plugin's route replaces the server's own of the same path.
@@ -43,9 +59,39 @@ class SluiceEndpoint:
             REGISTRY.register(self._collector)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
-        """Start recording the live page's history."""
-        if self._enabled and self._live.enabled:
-            self._recording = routes.start(self._history)
+        """Start to record the live page's history, and to follow the configuration file."""
+        if not self._enabled:
+            return
+        if self._live.enabled:
+            self._tasks.append(routes.start(self._history))
+        if self._control.enabled:
+            engines = compat.EngineClients(engine_client)
+            self._controller = Controller(self._journal, engines, self._loaded, lambda: self._applied(engines.ranks))
+            if engines.index == 0:
+                self._tasks.append(asyncio.create_task(self._controller.follow(), name="sluice-follow"))
+
+    async def _describe(self) -> dict[str, Any] | None:
+        if self._controller is None:
+            return None
+        try:
+            return {**await self._controller.describe(), "writable": bool(self._tokens)}
+        except NotReady as error:
+            return {"error": str(error), "writable": False}
+
+    def _applied(self, expected: int) -> Mapping[str, int]:
+        """Return the generation of every rank; an RPC to a worker without the plugin would corrupt vLLM's queue."""
+        found = {
+            f"dp{snapshot.info.engine}-{snapshot.info.rank}": int(value)
+            for snapshot in self._collector.snapshots()
+            for series, value in zip(snapshot.series, snapshot.values.tolist(), strict=True)
+            if series.metric == "sluice_generation" and dict(series.labels)["kind"] == "applied"
+        }
+        if len(found) < expected:
+            raise NotReady(
+                f"{len(found)} of {expected} ranks report on this machine; ranks on other machines, or without the "
+                "plugin, cannot be switched from here"
+            )
+        return found
 
 
 def _replace_metrics(app: FastAPI, collector: SnapshotCollector) -> None:

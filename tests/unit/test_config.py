@@ -99,12 +99,20 @@ def test_a_named_file_counts_more_than_the_variable(write, tmp_path):
     assert load(write("enabled: true"), {"SLUICE_CONFIG": str(other)}).config.enabled is True
 
 
-def test_a_variable_counts_more_than_the_file_and_origins_say_so(write):
-    path = write("patches:\n  gate:\n    enabled: true\nlive:\n  enabled: false\n")
-    loaded = load(path, {"SLUICE_PATCHES__GATE__ENABLED": "false"})
+def test_the_file_counts_more_than_a_variable_and_origins_say_so(write):
+    path = write("patches:\n  gate:\n    enabled: false\nlive:\n  enabled: false\nprobes: {}\n")
+    variables = {
+        "SLUICE_PATCHES__GATE__ENABLED": "true", "SLUICE_PATCHES__GATE__FLOOR": "0.5",
+        "SLUICE_PROBES__GATE__ENABLED": "false",
+    }  # fmt: skip
+    loaded = load(path, variables)
     assert loaded.config.patches.gate.enabled is False
+    assert loaded.config.patches.gate.floor == 0.5
+    assert loaded.config.probes.gate.enabled is False
     assert loaded.origins == {
-        "patches.gate.enabled": "SLUICE_PATCHES__GATE__ENABLED",
+        "patches.gate.enabled": str(path),
+        "patches.gate.floor": "SLUICE_PATCHES__GATE__FLOOR",
+        "probes.gate.enabled": "SLUICE_PROBES__GATE__ENABLED",
         "live.enabled": str(path),
     }
 
@@ -293,9 +301,12 @@ def test_a_variable_that_is_no_yaml_is_refused():
     assert refusal(SLUICE_ENABLED="[") == "SLUICE_ENABLED is not a valid YAML value: '['"
 
 
-def test_a_variable_below_a_key_that_the_file_gives_a_value_is_refused(write):
-    message = refusal(write("patches: 5\n"), SLUICE_PATCHES__GATE__ENABLED="true")
-    assert message == "SLUICE_PATCHES__GATE__ENABLED sets a key below 'patches', which the file sets to 5"
+def test_a_value_where_the_other_source_has_keys_is_refused(write):
+    path = write("patches: 5\n")
+    message = refusal(path, SLUICE_PATCHES__GATE__ENABLED="true")
+    assert message == f"patches (from {path}): Input should be an object; found 5"
+    message = refusal(write("patches:\n  gate:\n    enabled: true\n"), SLUICE_PATCHES="5")
+    assert message == f"{path} sets a key below 'patches', which is set to 5 elsewhere"
 
 
 # ---------------------------------------------------------------------------------------------- properties

@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
 from fastapi.responses import RedirectResponse, Response
@@ -41,7 +41,17 @@ _DISABLED = (
 )
 
 
-def build_router(collector: SnapshotCollector, settings: Live, history: History) -> APIRouter:
+Control = Callable[[], Awaitable[dict[str, Any] | None]]
+"""Returns the run-time state, or None if there is no control over it."""
+
+
+async def no_control() -> None:
+    """Say that there is no control over the run-time state."""
+
+
+def build_router(
+    collector: SnapshotCollector, settings: Live, history: History, control: Control = no_control
+) -> APIRouter:
     """Return the routes under `/plugins/sluice`.
 
     With `settings.enabled` false the page and its data answer 404; the state stays readable.
@@ -54,12 +64,17 @@ def build_router(collector: SnapshotCollector, settings: Live, history: History)
         Whether there is a page.
     history
         Answers `live.json`; `start` keeps it fed.
+    control
+        Adds the run-time state to `state`.
     """
     router = APIRouter(prefix=PREFIX, include_in_schema=False)
 
-    @router.get("/state")
-    def state() -> Response:
-        return _answer(json.dumps(describe(collector)), "application/json")
+    @router.get(
+        "/state", include_in_schema=True, tags=["sluice"], summary="What is installed, what acts, how far every rank is"
+    )
+    async def state() -> Response:
+        found = await asyncio.to_thread(describe, collector)
+        return _answer(json.dumps({**found, "control": await control()}), "application/json")
 
     if settings.enabled:
         _add_page(router, history)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,14 +26,28 @@ class Sample:
     value: float
 
 
+ServerValues = Callable[[], Iterable[tuple[str, tuple[tuple[str, str], ...], float]]]
+"""Returns metric, labels besides the common ones, and value of what holds for the server as a whole."""
+
+
 class SnapshotCollector(Collector):
     """Collects the snapshots in one folder.
 
     Snapshots of processes that are gone are left out, so their series end at the next scrape.
+
+    Parameters
+    ----------
+    folder
+        Where the ranks write.
+    detail
+        What `collect` yields.
+    server
+        Values of the server as a whole; every engine reports them.
     """
 
-    def __init__(self, folder: Path, detail: Detail = "standard") -> None:
+    def __init__(self, folder: Path, detail: Detail = "standard", server: ServerValues = lambda: ()) -> None:
         self._folder = folder
+        self._server = server
         self._detail: Detail = detail
         self._readers: dict[Path, SnapshotReader] = {}
 
@@ -58,8 +72,11 @@ class SnapshotCollector(Collector):
     def samples(self) -> list[Sample]:
         """Return all samples at full detail, the ranks of one engine combined as the catalogue says."""
         grouped: dict[tuple[str, tuple[tuple[str, str], ...]], list[float]] = {}
+        server = list(self._server())
         for snapshot in self.snapshots():
             common = (("model_name", snapshot.info.model_name), ("engine", snapshot.info.engine))
+            for metric, labels, value in server:
+                grouped.setdefault((metric, common + labels), []).append(value)
             for series, value in zip(snapshot.series, snapshot.values.tolist(), strict=True):
                 if not math.isnan(value):
                     grouped.setdefault((series.metric, common + series.labels), []).append(value)

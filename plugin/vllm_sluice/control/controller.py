@@ -1,0 +1,366 @@
+"""Makes changes: reads the layers of settings, switches all ranks, and keeps the journal. One in every API server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_sluice import config
+from vllm_sluice.config import Loaded
+from vllm_sluice.control import state
+from vllm_sluice.control.journal import Change, Journal, Record, write_whole
+from vllm_sluice.control.state import Installed, Refused, Values
+from vllm_sluice.control.switch import AlreadyPaused, Engines, SwitchFailed, switch
+from vllm_sluice.telemetry import rundir
+
+logger = logging.getLogger("vllm.sluice.control")
+
+
+class Moved(RuntimeError):
+    """The generation is not the one that the change was made for."""
+
+
+class TimedOut(RuntimeError):
+    """The change takes longer than `control.timeout_seconds`; it is carried to its end."""
+
+
+class NotReady(RuntimeError):
+    """The ranks do not report, so nothing can be changed."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a change did: `changed` is empty if everything was as asked already."""
+
+    generation: int
+    changed: dict[str, dict[str, Any]]
+    paused: bool = False
+    seconds: float = 0.0
+    ranks: int = 0
+
+
+@dataclass(frozen=True)
+class FileState:
+    """The configuration file as last seen."""
+
+    path: str
+    good: bool = True
+    error: str | None = None
+    restart_needed: tuple[str, ...] = ()
+
+
+class Controller:
+    """Changes the run-time state of all ranks of all engines.
+
+    Parameters
+    ----------
+    journal
+        What the API servers of this server share.
+    engines
+        The engines.
+    started
+        The configuration that the server was started with.
+    applied
+        Returns the generation that each rank has applied, by name; raises `NotReady` if ranks are missing.
+    """
+
+    def __init__(
+        self, journal: Journal, engines: Engines, started: Loaded, applied: Callable[[], Mapping[str, int]]
+    ) -> None:
+        self.journal = journal
+        self._engines = engines
+        self._started = started
+        self._applied = applied
+        self._settings: config.Control = started.config.control
+        self._file = os.environ.get(config.CONFIG_VARIABLE) or None
+        self._seen: tuple[int, ...] | None = None
+        self._layers = started
+        self._file_state = FileState(self._file) if self._file else None
+        self._installed: Installed | None = None
+        self._running: set[asyncio.Task[Outcome]] = set()
+        self._lagging = 0
+
+    # ------------------------------------------------------------------------------------------------ reading
+    async def installed(self) -> Installed:
+        """Return what every rank has built in; asks the ranks once."""
+        if self._installed is None:
+            replies = await self._ask()
+            patches, probes = ([frozenset(reply[section]) for reply in replies] for section in state.SECTIONS)
+            self._installed = Installed(frozenset.intersection(*patches), frozenset.union(*probes))
+        return self._installed
+
+    def layers(self) -> Loaded:
+        """Return file, environment and defaults; a file that cannot be used leaves the last good ones."""
+        if self._file is None or (now := _fingerprint(Path(self._file))) == self._seen:
+            return self._layers
+        self._seen = now
+        try:
+            loaded = config.load(self._file)
+        except config.ConfigError as error:
+            self._file_state = FileState(self._file, good=False, error=str(error))
+            logger.error("sluice: %s cannot be used, so the last good state stays: %s", self._file, error)
+            return self._layers
+        needed = state.restart_needed(self._started.config, loaded.config)
+        if needed:
+            logger.warning("sluice: %s changes %s, which takes a restart of the server", self._file, ", ".join(needed))
+        self._layers = loaded
+        self._file_state = FileState(self._file, restart_needed=tuple(needed))
+        return loaded
+
+    async def describe(self) -> dict[str, Any]:
+        """Return the state with the origin of every value, as plain JSON data."""
+        record = self.journal.read()
+        installed = await self.installed()
+        loaded = state.with_admin(self.layers(), record.admin)
+        wanted = state.values_of(loaded.config, installed)
+        values = record.values if record.values is not None else wanted
+        switching = record.switching
+        paused = switching["since"] if switching and switching["paused"] else record.paused_since
+        return {
+            "generation": record.generation,
+            "values": {
+                key: {"value": value, "origin": state.origin(loaded, key), "wanted": wanted.get(key)}
+                for key, value in values.items()
+            },
+            "switching": switching is not None,
+            "paused_seconds": None if paused is None else round(max(0.0, time.time() - paused), 3),
+            "file": record.file,
+        }
+
+    async def preview(self, edits: Mapping[str, Any]) -> Outcome:
+        """Say what a change would do.
+
+        Raises
+        ------
+        Refused
+            If it would be refused.
+        """
+        record = self.journal.read()
+        before, after, _ = await self._target(record, edits)
+        changed = state.difference(before, after)
+        return Outcome(record.generation, changed, paused=state.touches_output(changed))
+
+    # ------------------------------------------------------------------------------------------------ changing
+    async def change(
+        self, edits: Mapping[str, Any], *, who: str, source: str = "admin", if_generation: int | None = None
+    ) -> Outcome:
+        """Make a change; answers when every rank has applied it.
+
+        Parameters
+        ----------
+        edits
+            Dotted key to value; None drops the admin's value. Empty to bring the ranks to what the settings say.
+        who, source
+            For the audit.
+        if_generation
+            Refuse if the state has another generation by now.
+
+        Raises
+        ------
+        Refused, Moved, AlreadyPaused, SwitchFailed, Busy, TimedOut, NotReady
+            If the change was not made. After `TimedOut` it may still be.
+        """
+        task = asyncio.create_task(self._change(edits, who, source, if_generation), name="sluice-change")
+        # Never cancelled: whoever waits for it may go away, but the engine must not stay paused.
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        limit = self._settings.timeout_seconds
+        done, _ = await asyncio.wait({task}, timeout=limit)
+        if not done:
+            logger.error("sluice: a change takes more than %g s; it is carried to its end", limit)
+            task.add_done_callback(_log_failure)
+            raise TimedOut(
+                f"the ranks have not applied the change within {limit:g} s; it is carried to its end, see state and "
+                "changes"
+            )
+        return task.result()
+
+    async def _change(self, edits: Mapping[str, Any], who: str, source: str, if_generation: int | None) -> Outcome:
+        async with self.journal.locked(self._settings.timeout_seconds):
+            record = self.journal.read()
+            if if_generation is not None and if_generation != record.generation:
+                raise Moved(f"the state has generation {record.generation}, not {if_generation}; read it and try again")
+            before, after, admin = await self._target(record, edits)
+            changed = state.difference(before, after)
+            if not changed:
+                self._keep(record, admin)
+                return Outcome(record.generation, {})
+            return await self._switch(record, before, after, admin, changed, who, source)
+
+    async def _switch(
+        self, record: Record, before: Values, after: Values, admin: Values, changed: dict[str, dict[str, Any]],
+        who: str, source: str,
+    ) -> Outcome:
+        pause = state.touches_output(changed)
+        generation = record.generation + 1
+        began, clock = time.time(), time.monotonic()
+        expected = len(self._applied())
+        self.journal.update(switching={"pid": os.getpid(), "since": began, "paused": pause})
+        error: Exception | None = None
+        ranks = 0
+        try:
+            ranks = await switch(
+                self._engines, state.payload(after, generation), state.payload(before, record.generation), pause=pause
+            )
+            if ranks != expected:
+                logger.warning("sluice: %d ranks applied a change, %d were expected", ranks, expected)
+        except Exception as caught:
+            error = caught
+        seconds = time.monotonic() - clock
+        if error is None:
+            self.journal.update(generation=generation, values=after, switching=None)
+            self._keep(record, admin)
+        else:
+            self.journal.update(switching=None)
+        rolled_back = isinstance(error, AlreadyPaused) or (isinstance(error, SwitchFailed) and error.rolled_back)
+        result: Any = "applied" if error is None else "rolled back" if rolled_back else "failed"
+        text = None if error is None else str(error)
+        self.journal.add(Change(generation, began, who, source, changed, result, text, round(seconds, 4)))
+        what = ", ".join(f"{key}: {value['from']} -> {value['to']}" for key, value in changed.items())
+        if error is not None:
+            logger.error("sluice: %s by %s (%s): %s: %s", result, who, source, what, error)
+            raise error
+        logger.info("sluice: generation %d by %s (%s) in %.0f ms: %s", generation, who, source, 1e3 * seconds, what)
+        return Outcome(generation, changed, pause, round(seconds, 4), ranks)
+
+    async def _target(self, record: Record, edits: Mapping[str, Any]) -> tuple[Values, Values, Values]:
+        installed = await self.installed()
+        layers = self.layers()
+        before = record.values
+        if before is None:
+            before = state.values_of(self._started.config, installed)
+        admin = {key: value for key, value in {**record.admin, **edits}.items() if value is not None}
+        after = state.values_of(state.with_admin(layers, admin).config, installed)
+        return before, after, admin
+
+    def _keep(self, record: Record, admin: Values) -> None:
+        if admin == record.admin:
+            return
+        self.journal.update(admin=admin)
+        if self._settings.state_file is not None:
+            try:
+                write_whole(Path(self._settings.state_file), json.dumps(admin, indent=2) + "\n")
+            except OSError as error:
+                logger.error("sluice: control.state_file %s cannot be written: %s", self._settings.state_file, error)
+
+    async def _ask(self) -> list[Mapping[str, Any]]:
+        self._applied()
+        replies = list(await self._engines.call("state"))
+        bad = [reply for reply in replies if "error" in reply]
+        if bad or not replies:
+            raise NotReady(f"the ranks do not say what they run: {bad[0]['error'] if bad else 'no reply'}")
+        return replies
+
+    # ------------------------------------------------------------------------------------------------ watching
+    async def follow(self) -> None:
+        """Bring the ranks to what file and state file say, again and again; for one API server of a server."""
+        await self._restore()
+        looked_for_pause = failed_at = 0.0
+        while True:
+            await asyncio.sleep(self._settings.watch_seconds)
+            try:
+                self.layers()
+                await self._recover()
+                await self._note_file()
+                if time.monotonic() - failed_at > 30 and (await self.preview({})).changed:
+                    try:
+                        await self.change({}, who=self._file or "start", source="file")
+                    except (Refused, AlreadyPaused, SwitchFailed, TimedOut, NotReady) as error:
+                        failed_at = time.monotonic()
+                        logger.error("sluice: the file's settings were not applied; trying again in 30 s: %s", error)
+                if time.monotonic() - looked_for_pause > 2:
+                    looked_for_pause = time.monotonic()
+                    await self._note_pause()
+            except asyncio.CancelledError:
+                raise
+            except Exception:
+                logger.exception("sluice: error in following the configuration; it goes on")
+
+    async def _restore(self) -> None:
+        """Take back what was set over HTTP before the last restart."""
+        file = self._settings.state_file
+        if file is None or not Path(file).exists():
+            return
+        try:
+            kept = json.loads(Path(file).read_text())
+            installed = await self.installed()
+            wanted = {key: value for key, value in kept.items() if _is_installed(key, installed)}
+            await self.change(wanted, who=file, source="start")
+        except Exception as error:
+            logger.error("sluice: control.state_file %s was not applied: %s", file, error)
+
+    async def _note_file(self) -> None:
+        seen = self._file_state
+        file = seen and {**vars(seen), "restart_needed": list(seen.restart_needed)}
+        if self.journal.read().file != file:
+            async with self.journal.locked(self._settings.timeout_seconds):
+                self.journal.update(file=file)
+
+    async def _recover(self) -> None:
+        """Finish what an API server left behind that died in the middle of a switch, and bring back late ranks.
+
+        A rank is late if its generation is not the journal's although no change is under way, as after a restart of
+        its engine alone.
+        """
+        if not self._left_behind():
+            return
+        async with self.journal.locked(self._settings.timeout_seconds):
+            if not (why := self._left_behind()):
+                return
+            record = self.journal.read()
+            values = record.values or state.values_of(self._started.config, await self.installed())
+            logger.error("sluice: %s; applying generation %d again", why, record.generation)
+            try:
+                if record.switching is None:
+                    await self._engines.pause()
+                await self._engines.call("apply", state.payload(values, record.generation))
+            finally:
+                await self._engines.resume()
+                self.journal.update(switching=None)
+                self._lagging = 0
+
+    def _left_behind(self) -> str | None:
+        record = self.journal.read()
+        if record.switching is not None:
+            dead = not rundir.alive(record.switching["pid"])
+            return "an API server died in the middle of a switch" if dead else None
+        late = [rank for rank, generation in self._applied().items() if generation != record.generation]
+        self._lagging = self._lagging + 1 if late else 0
+        return f"rank {late[0]} has another generation" if self._lagging > 3 else None
+
+    async def _note_pause(self) -> None:
+        """Note since when somebody keeps the engine paused; our own switches hold the lock."""
+        async with self.journal.locked(self._settings.timeout_seconds):
+            paused = await self._engines.is_paused()
+            since = self.journal.read().paused_since
+            if paused and since is None:
+                self.journal.update(paused_since=time.time())
+            elif not paused and since is not None:
+                self.journal.update(paused_since=None)
+            elif paused and since is not None and time.time() - since > 30:
+                logger.warning("sluice: the engine has been paused for %.0f s", time.time() - since)
+
+
+def _is_installed(key: str, installed: Installed) -> bool:
+    section, kind, _ = key.split(".")
+    return kind in installed.kinds(section)
+
+
+def _fingerprint(path: Path) -> tuple[int, ...]:
+    try:
+        found = path.stat()  # of the file behind the link: a ConfigMap swaps a link to its folder
+    except OSError:
+        return ()
+    return (found.st_ino, found.st_mtime_ns, found.st_size)
+
+
+def _log_failure(task: asyncio.Task[Outcome]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        logger.error("sluice: the change that took too long failed: %s", task.exception())

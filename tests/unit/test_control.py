@@ -1,0 +1,409 @@
+"""The switch protocol, the layers of settings, the journal and the file that is followed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.control import MemoryEngines
+from vllm_sluice import config
+from vllm_sluice.config import ConfigError
+from vllm_sluice.control.controller import Controller, Moved, NotReady, TimedOut
+from vllm_sluice.control.journal import Busy, Journal
+from vllm_sluice.control.limit import RateLimit
+from vllm_sluice.control.measured import server_values
+from vllm_sluice.control.state import Refused
+from vllm_sluice.control.switch import AlreadyPaused, SwitchFailed
+from vllm_sluice.control.tokens import read_tokens
+
+OFF = {"patches.gate.enabled": False}
+ON = {"patches.gate.enabled": True}
+
+
+@pytest.fixture
+def engines() -> MemoryEngines:
+    return MemoryEngines()
+
+
+@pytest.fixture
+def make(
+    engines: MemoryEngines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Controller]:
+    """Build a controller of the same server; a second one is a second API server."""
+    for variable in [name for name in os.environ if name.startswith("SLUICE_")]:
+        monkeypatch.delenv(variable)
+
+    def controller(text: str | None = None, **control: Any) -> Controller:
+        if text is not None:
+            (tmp_path / "sluice.yaml").write_text(text)
+            monkeypatch.setenv("SLUICE_CONFIG", str(tmp_path / "sluice.yaml"))
+        for key, value in control.items():
+            monkeypatch.setenv(f"SLUICE_CONTROL__{key.upper()}", str(value))
+        return Controller(Journal(tmp_path / "run"), engines, config.load(), engines.applied)
+
+    return controller
+
+
+def gate(engines: MemoryEngines) -> list[Any]:
+    return [rank.values["gate"]["enabled"] for rank in engines.ranks]
+
+
+# ------------------------------------------------------------------------------------------------ the protocol
+def test_a_patch_is_switched_while_the_engine_is_paused(make, engines):
+    controller = make()
+    done = asyncio.run(controller.change(OFF, who="ann"))
+    assert engines.log == ["pause", "apply 1", "label 1", "resume"]
+    assert gate(engines) == [False, False]
+    assert (done.generation, done.ranks, done.paused) == (1, 2, True)
+    assert done.changed == {"patches.gate.enabled": {"from": True, "to": False}}
+
+
+def test_a_probe_is_changed_without_a_pause(make, engines):
+    done = asyncio.run(make().change({"probes.attention.interval_seconds": 2.0}, who="ann"))
+    assert engines.log == ["apply 1"]
+    assert not done.paused
+    assert [rank.values["attention"]["interval_seconds"] for rank in engines.ranks] == [2.0, 2.0]
+
+
+def test_what_is_already_so_changes_nothing(make, engines):
+    done = asyncio.run(make().change(ON, who="ann"))
+    assert engines.log == []
+    assert (done.generation, done.changed) == (0, {})
+
+
+def test_a_rank_that_refuses_rolls_all_back(make, engines):
+    controller = make()
+    engines.ranks[1].refuses = {1}
+    with pytest.raises(SwitchFailed, match=r"pp0-tp1 of engine 0 refused: .*out of memory.*have the old state again"):
+        asyncio.run(controller.change(OFF, who="ann"))
+    assert gate(engines) == [True, True]
+    assert engines.applied() == {"pp0-tp0": 0, "pp0-tp1": 0}
+    assert engines.log == ["pause", "apply 1", "apply 0", "resume"]
+    change = controller.journal.changes(5)[-1]
+    assert (change["result"], change["who"], change["generation"]) == ("rolled back", "ann", 1)
+    assert asyncio.run(controller.describe())["values"]["patches.gate.enabled"]["value"] is True
+
+
+def test_a_failed_roll_back_is_told(make, engines):
+    controller = make()
+    engines.ranks[1].refuses = {0, 1}
+    with pytest.raises(SwitchFailed, match="rolling back failed too"):
+        asyncio.run(controller.change(OFF, who="ann"))
+    assert controller.journal.changes(5)[-1]["result"] == "failed"
+    assert not engines.paused
+
+
+def test_ranks_that_cannot_be_reached_leave_the_engine_running(make, engines):
+    controller = make()
+    asyncio.run(controller.installed())
+    engines.unreachable = True
+    with pytest.raises(SwitchFailed, match="engine core died"):
+        asyncio.run(controller.change(OFF, who="ann"))
+    assert not engines.paused
+
+
+def test_a_pause_of_somebody_else_is_left_alone(make, engines):
+    controller = make()
+    engines.paused = True
+    with pytest.raises(AlreadyPaused, match="resume it or wait"):
+        asyncio.run(controller.change(OFF, who="ann"))
+    assert engines.paused
+    assert "resume" not in engines.log
+    assert asyncio.run(controller.change({"probes.residual.enabled": False}, who="ann")).generation == 1
+
+
+def test_a_slow_change_times_out_for_the_caller_and_is_carried_to_its_end(make, engines):
+    async def scenario() -> None:
+        controller = make(timeout_seconds=1)
+        await controller.installed()
+        engines.slow = 1.5
+        with pytest.raises(TimedOut, match="carried to its end"):
+            await controller.change(OFF, who="ann")
+        with pytest.raises(Busy):
+            async with controller.journal.locked(0.1):
+                pass
+        await asyncio.sleep(1.0)
+        assert gate(engines) == [False, False]
+        assert not engines.paused
+        assert controller.journal.read().generation == 1
+
+    asyncio.run(scenario())
+
+
+def test_a_caller_that_goes_away_does_not_leave_the_engine_paused(make, engines):
+    async def scenario() -> None:
+        controller = make()
+        await controller.installed()
+        engines.slow = 0.3
+        caller = asyncio.create_task(controller.change(OFF, who="ann"))
+        await asyncio.sleep(0.1)
+        assert engines.paused
+        caller.cancel()
+        await asyncio.sleep(0.5)
+        assert not engines.paused
+        assert gate(engines) == [False, False]
+
+    asyncio.run(scenario())
+
+
+def test_two_api_servers_take_turns(make, engines):
+    async def scenario() -> None:
+        first, second = make(), make()
+        engines.slow = 0.02
+        await asyncio.gather(*((first, second)[i % 2].change(OFF if i % 4 < 2 else ON, who=str(i)) for i in range(12)))
+        assert first.journal.read() == second.journal.read()
+
+    asyncio.run(scenario())
+    depth = 0
+    for entry in engines.log:
+        depth += {"pause": 1, "resume": -1}.get(entry, 0)
+        assert depth in (0, 1)
+    assert len({entry for entry in engines.log if entry.startswith("apply")}) == engines.log.count("pause")
+
+
+def test_a_change_made_for_another_generation_is_refused(make, engines):
+    controller = make()
+    asyncio.run(controller.change(OFF, who="ann", if_generation=0))
+    with pytest.raises(Moved, match="generation 1, not 0"):
+        asyncio.run(controller.change(ON, who="bob", if_generation=0))
+    assert gate(engines) == [False, False]
+
+
+def test_missing_ranks_are_never_called(make, engines, tmp_path):
+    def missing() -> dict[str, int]:
+        raise NotReady("1 of 2 ranks report")
+
+    make()
+    controller = Controller(Journal(tmp_path / "run"), engines, config.load(), missing)
+    with pytest.raises(NotReady):
+        asyncio.run(controller.change(OFF, who="ann"))
+    assert engines.log == []
+
+
+# ------------------------------------------------------------------------------------------------ layers
+def test_admin_over_file_over_environment_over_default(make, engines, monkeypatch):
+    monkeypatch.setenv("SLUICE_PATCHES__GATE__FLOOR", "0.1")
+    monkeypatch.setenv("SLUICE_PATCHES__GATE__TEMPERATURE", "2")
+    controller = make("patches: {gate: {temperature: 3.0}}\n")
+    asyncio.run(controller.change({"patches.gate.enabled": False}, who="ann"))
+    values = asyncio.run(controller.describe())["values"]
+    shown = {key.rpartition(".")[2]: (v["value"], v["origin"]) for key, v in values.items() if "gate" in key}
+    assert shown == {"enabled": (False, "admin"), "temperature": (3.0, "file"), "floor": (0.1, "environment")}
+    assert values["probes.residual.enabled"]["origin"] == "default"
+    asyncio.run(controller.change({"patches.gate.enabled": None}, who="ann"))
+    assert asyncio.run(controller.describe())["values"]["patches.gate.enabled"]["origin"] == "default"
+    assert gate(engines) == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("edits", "message"),
+    [
+        ({"patches.gate.enabled": "yes"}, "patches.gate.enabled: Input should be a valid boolean; found 'yes'"),
+        ({"patches.gate.temperature": 0}, "patches.gate.temperature: Input should be greater than 0; found 0"),
+        ({"patches.gate.floor": 1.5}, "patches.gate.floor: Input should be less than 1; found 1.5"),
+    ],
+)
+def test_values_that_do_not_fit_are_refused(make, engines, edits, message):
+    with pytest.raises(Refused, match=message.replace(".", r"\.")):
+        asyncio.run(make().change(edits, who="ann"))
+    assert engines.log == []
+
+
+# ------------------------------------------------------------------------------------------------ the file
+async def until(condition: Callable[[], bool], seconds: float = 5) -> None:
+    for _ in range(int(seconds / 0.02)):
+        if condition():
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError("it did not happen")
+
+
+def following(controller: Controller, scenario: Callable[[], Any]) -> None:
+    async def run() -> None:
+        task = asyncio.create_task(controller.follow())
+        try:
+            await scenario()
+        finally:
+            task.cancel()
+
+    asyncio.run(run())
+
+
+def test_an_edited_file_is_applied_and_a_broken_one_keeps_the_last_good_state(make, engines, tmp_path):
+    controller = make("patches: {gate: {enabled: true}}\n", watch_seconds=0.1)
+    file = tmp_path / "sluice.yaml"
+
+    async def scenario() -> None:
+        await asyncio.sleep(0.3)
+        file.write_text("patches: {gate: {enabled: false, temperature: 2.0}}\n")
+        await until(lambda: gate(engines) == [False, False])
+        assert engines.ranks[0].values["gate"]["temperature"] == 2.0
+        change = controller.journal.changes(1)[0]
+        assert (change["source"], change["who"]) == ("file", str(file))
+        file.write_text("patches: {gate: {enabled: [\n")
+        await until(lambda: controller.journal.read().file["good"] is False)
+        assert "not valid YAML" in controller.journal.read().file["error"]
+        assert gate(engines) == [False, False]
+        assert ("sluice_config_file_good", (), 0.0) in list(server_values(controller.journal))
+        file.write_text("patches: {gate: {enabled: true}}\n")
+        await until(lambda: gate(engines) == [True, True])
+        assert controller.journal.read().file["good"] is True
+
+    following(controller, scenario)
+
+
+def test_a_configmap_swap_is_seen(make, engines, tmp_path, monkeypatch):
+    """Kubernetes swaps the link `..data` to a new folder; the file's own path stays."""
+    for name, enabled in (("first", "true"), ("second", "false")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "sluice.yaml").write_text(f"patches: {{gate: {{enabled: {enabled}}}}}\n")
+    (tmp_path / "..data").symlink_to("first")
+    (tmp_path / "mounted.yaml").symlink_to("..data/sluice.yaml")
+    monkeypatch.setenv("SLUICE_CONFIG", str(tmp_path / "mounted.yaml"))
+    controller = make(watch_seconds=0.1)
+
+    async def scenario() -> None:
+        await asyncio.sleep(0.3)
+        (tmp_path / "..new").symlink_to("second")
+        (tmp_path / "..new").replace(tmp_path / "..data")
+        await until(lambda: gate(engines) == [False, False])
+
+    following(controller, scenario)
+
+
+def test_structural_changes_in_the_file_wait_for_a_restart(make, engines, tmp_path):
+    controller = make("patches: {gate: {enabled: true}}\n", watch_seconds=0.1)
+
+    async def scenario() -> None:
+        (tmp_path / "sluice.yaml").write_text(
+            "patches: {gate: {enabled: false, granularity: head}}\nprobes: {attention: {queries: 9}}\n"
+        )
+        await until(lambda: gate(engines) == [False, False])
+        await until(lambda: bool((controller.journal.read().file or {}).get("restart_needed")))
+        needed = controller.journal.read().file["restart_needed"]
+        assert needed == ["patches.gate.granularity", "probes.attention.queries"]
+        assert ("sluice_config_restart_needed", (), 2.0) in list(server_values(controller.journal))
+
+    following(controller, scenario)
+
+
+def test_what_was_set_over_http_survives_a_restart_with_a_state_file(make, engines, tmp_path):
+    kept = tmp_path / "kept.json"
+    asyncio.run(make(state_file=kept).change({"patches.gate.enabled": False}, who="ann"))
+    assert json.loads(kept.read_text()) == OFF
+    restarted = MemoryEngines()
+    controller = Controller(Journal(tmp_path / "another-run"), restarted, config.load(), restarted.applied)
+
+    async def scenario() -> None:
+        await until(lambda: gate(restarted) == [False, False])
+
+    following(controller, scenario)
+    change = controller.journal.changes(1)[0]
+    assert (change["source"], change["generation"]) == ("start", 1)
+
+
+def test_an_unusable_state_file_does_not_stop_anything(make, engines, tmp_path, caplog):
+    kept = tmp_path / "kept.json"
+    kept.write_text("{")
+    controller = make(state_file=kept, watch_seconds=0.1)
+
+    async def scenario() -> None:
+        await asyncio.sleep(0.3)
+        await controller.change(OFF, who="ann")
+        assert gate(engines) == [False, False]
+
+    following(controller, scenario)
+
+
+# ------------------------------------------------------------------------------------------------ what is left behind
+def test_a_switch_of_an_api_server_that_died_is_undone(make, engines):
+    controller = make(watch_seconds=0.1)
+
+    async def scenario() -> None:
+        await controller.change(OFF, who="ann")
+        controller.journal.update(switching={"pid": 2**22 + 1, "since": 0.0, "paused": True})  # no such process
+        engines.paused = True
+        engines.ranks[0].values["gate"]["enabled"] = True
+        await until(lambda: not engines.paused)
+        assert gate(engines) == [False, False]
+        assert controller.journal.read().switching is None
+
+    following(controller, scenario)
+
+
+def test_ranks_that_started_again_get_the_state_again(make, engines):
+    controller = make(watch_seconds=0.1)
+
+    async def scenario() -> None:
+        await controller.change(OFF, who="ann")
+        for rank in engines.ranks:
+            rank.generation = 0
+            rank.values["gate"]["enabled"] = True
+        await until(lambda: gate(engines) == [False, False])
+        assert not engines.paused
+
+    following(controller, scenario)
+
+
+def test_a_pause_of_somebody_else_shows_on_a_metric(make, engines):
+    controller = make(watch_seconds=0.1)
+
+    async def scenario() -> None:
+        engines.paused = True
+        await until(lambda: ("sluice_engine_paused", (), 1.0) in list(server_values(controller.journal)))
+        assert (await controller.describe())["paused_seconds"] >= 0
+        engines.paused = False
+        await until(lambda: ("sluice_engine_paused", (), 0.0) in list(server_values(controller.journal)))
+
+    following(controller, scenario)
+
+
+# ------------------------------------------------------------------------------------------------ tokens and limits
+def test_tokens_have_names(tmp_path):
+    file = tmp_path / "tokens"
+    file.write_text("# who may switch\nann: 0123456789abcdef0\n\nbob: fedcba98765432100\n")
+    file.chmod(0o600)
+    tokens = read_tokens(str(file), {"SLUICE_ADMIN_TOKEN": "a-token-of-some-length"})
+    assert tokens.name("0123456789abcdef0") == "ann"
+    assert tokens.name("a-token-of-some-length") == "admin"
+    assert tokens.name("0123456789abcdef") is None
+    assert tokens.name("") is None
+    assert not read_tokens(None, {})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("ann 0123456789abcdef0", "line 1 of .* is not NAME: TOKEN"),
+        ("ann: short", "an admin token of 5 characters can be guessed"),
+        ("ann: 0123456789abcdef0\nann: 0123456789abcdef1", "line 2 of .*: a second token named 'ann'"),
+    ],
+)
+def test_bad_token_files_are_refused(tmp_path, text, message):
+    file = tmp_path / "tokens"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_tokens(str(file), {})
+
+
+def test_a_missing_token_file_and_a_short_variable_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"control\.token_file: cannot read"):
+        read_tokens(str(tmp_path / "none"), {})
+    with pytest.raises(ConfigError, match="openssl rand"):
+        read_tokens(None, {"SLUICE_ADMIN_TOKEN": "secret"})
+
+
+def test_the_rate_limit_fills_up_again():
+    now = [0.0]
+    limit = RateLimit(60, lambda: now[0])
+    assert [limit.take() for _ in range(60)] == [0.0] * 60
+    assert limit.take() == pytest.approx(1.0)
+    now[0] = 1.0
+    assert limit.take() == 0.0
+    assert limit.take() > 0
