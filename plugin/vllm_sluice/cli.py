@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 _CONFIG_HELP = "YAML file (default: the one named by SLUICE_CONFIG, else none)"
 _EPILOG = """\
-exit status: 0 done, 1 something is wrong, 2 the arguments or the configuration cannot be used
+exit status: 0 done, 1 something is wrong, 2 the arguments or the configuration cannot be used,
+3 a change of a running server met another one
 """
 
 
@@ -76,6 +77,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     _add_config(commands)
     _add_gates(commands)
     _add_metrics(commands)
+    _add_control(commands)
     if arguments[:1] == ["lab"]:
         _add_lab(commands)
     else:
@@ -131,6 +133,12 @@ def _add_metrics(commands: Subparsers) -> None:
     where.add_argument("--output", type=Path, metavar="FILE", help="write the page there")
     where.add_argument("--check", type=Path, metavar="FILE", help="exit with status 1 if FILE is not that page")
     docs.set_defaults(run=_metrics_docs)
+
+
+def _add_control(commands: Subparsers) -> None:
+    from vllm_sluice.commands import control
+
+    control.add_commands(commands)
 
 
 def _add_lab(commands: Subparsers) -> None:

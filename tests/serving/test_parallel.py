@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,14 @@ from tests.conftest import passages
 from tests.engine.expected import expected
 from tests.engine.test_statistics import FLOAT32, check
 from tests.serving.server import Server
+from tests.serving.test_control import EXACT, TOKEN, apart, logprobs, request, switch
 from tests.serving.test_server import SETTINGS
 from vllm_sluice.lab.export import export
 from vllm_sluice.lab.twin import Twin, TwinConfig
 
 pytestmark = pytest.mark.serving
 
+CONTROLLED = {**SETTINGS, "control": {"changes_per_minute": 100_000}}
 OPTIONS = ["--dtype", "float32", "--enforce-eager", "--max-num-batched-tokens", "64", "--no-enable-prefix-caching"]
 
 
@@ -59,12 +62,55 @@ def test_two_ranks_and_two_api_servers_report_as_one_model(two_ranks, four_heads
         assert metrics["patch_enabled", "gate"] == 1
 
 
+def both_follow_a_switch(server: Server, ranks: int) -> None:
+    """Switch a few times under traffic; every rank of every engine applies every change, no request is lost."""
+    texts = [text[:200] for text in passages()[80:84]]
+    with ThreadPoolExecutor(4) as pool:
+        traffic = [pool.submit(server.complete, texts[i % 4], 40) for i in range(12)]
+        for enabled in (False, True, False):
+            assert switch(server, enabled)["ranks"] == ranks
+        lengths = [len(one.result(120)["choices"][0]["token_ids"]) for one in traffic]
+    assert lengths == 12 * [40]
+    state = request(server, "GET", "state")[1]
+    generations = [rank["generation"] for engine in state["engines"] for rank in engine["ranks"]]
+    assert generations == ranks * [{"desired": 3, "applied": 3}]
+    assert not any(engine["patches"]["gate"]["enabled"] for engine in state["engines"])
+    off = [logprobs(server, texts[0], cache_salt=str(salt)) for salt in range(4)]  # whichever engine answers
+    switch(server, True)
+    on = [logprobs(server, texts[0]) for _ in range(4)]
+    assert max(apart(off[0], other) for other in off) < EXACT
+    assert max(apart(on[0], other) for other in on) < EXACT
+    assert apart(off[0], on[0]) > 0.01
+
+
+def test_two_pipeline_stages_and_two_api_servers(twin_gated, tmp_path):
+    """Compiled: vLLM 0.32 cannot serve pipeline stages eagerly on the CPU (v1/worker/cpu_worker.py skips warm-up)."""
+    server = Server(
+        twin_gated, tmp_path, CONTROLLED,
+        ["--dtype", "float32", "--max-num-batched-tokens", "64", "--no-enable-prefix-caching",
+         "--pipeline-parallel-size", "2", "--api-server-count", "2"],
+        {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "SLUICE_ADMIN_TOKEN": TOKEN},
+    )  # fmt: skip
+    try:
+        server.wait()
+        choices = [server.complete(text[:300], 4)["choices"][0] for text in passages()[64:67]]
+        sent = [[*choice["prompt_token_ids"], *choice["token_ids"][:-1]] for choice in choices]
+        metrics = server.settled(("tokens_observed_total", "decode"), 3 * 3)
+        check(metrics, expected(twin_gated, sent), {"default": FLOAT32})
+        assert {key[1] for key in metrics if key[0] == "snapshot_age_seconds"} == {"pp0-tp0", "pp1-tp0"}
+        both_follow_a_switch(server, ranks=2)
+    finally:
+        server.stop()
+
+
 def test_two_engines_are_told_apart(twin_gated, tmp_path):
     from prometheus_client.parser import text_string_to_metric_families
 
     from tests.serving.server import get
 
-    server = Server(twin_gated, tmp_path, SETTINGS, [*OPTIONS, "--data-parallel-size", "2"])
+    server = Server(
+        twin_gated, tmp_path, CONTROLLED, [*OPTIONS, "--data-parallel-size", "2"], {"SLUICE_ADMIN_TOKEN": TOKEN}
+    )
     try:
         server.wait()
         for text in passages()[70:78]:
@@ -82,5 +128,6 @@ def test_two_engines_are_told_apart(twin_gated, tmp_path):
         assert set(found) == {"0", "1"}
         assert sum(found.values()) == 8
         assert all(found.values()), "the load balancer gave one engine nothing"
+        both_follow_a_switch(server, ranks=2)
     finally:
         server.stop()

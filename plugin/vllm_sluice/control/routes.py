@@ -76,7 +76,7 @@ def build_router(
     def ready() -> Controller:
         found = controller()
         if found is None:
-            raise Denied(503, "the server is still starting; try again")
+            raise NotReady("the server is still starting; try again")
         return found
 
     @router.get("/schema", summary="JSON schema of the values that may change while the server runs")

@@ -10,6 +10,7 @@ from vllm_sluice import config
 from vllm_sluice.config import Config, Loaded
 
 SECTIONS = ("patches", "probes")
+_ONE = {"patches": "patch", "probes": "probe"}
 Origin = Literal["default", "environment", "file", "admin"]
 Values = dict[str, Any]
 """Dotted key, such as `patches.gate.enabled`, to value."""
@@ -79,11 +80,11 @@ def edits(section: str, kind: str, body: Mapping[str, Any], installed: Installed
     """
     known = type(getattr(Config(), section)).model_fields
     if kind not in known:
-        raise LookupError(f"there is no {section[:-1]} {kind!r}; there are: {', '.join(known)}")
+        raise LookupError(f"there is no {_ONE[section]} {kind!r}; there are: {', '.join(known)}")
     if kind not in installed.kinds(section):
         have = ", ".join(sorted(installed.kinds(section))) or "none"
         raise LookupError(
-            f"the {section[:-1]} {kind!r} is not installed in this server (installed: {have}); "
+            f"the {_ONE[section]} {kind!r} is not installed in this server (installed: {have}); "
             "installing it takes a setting and a restart"
         )
     model = type(getattr(getattr(Config(), section), kind))

@@ -67,10 +67,10 @@ def build_router(
     control
         Adds the run-time state to `state`.
     """
-    router = APIRouter(prefix=PREFIX, include_in_schema=False)
+    router = APIRouter(prefix=PREFIX)
 
     @router.get(
-        "/state", include_in_schema=True, tags=["sluice"], summary="What is installed, what acts, how far every rank is"
+        "/state", tags=["sluice"], summary="What is installed, what acts, how far every rank is"
     )
     async def state() -> Response:
         found = await asyncio.to_thread(describe, collector)
@@ -80,7 +80,7 @@ def build_router(
         _add_page(router, history)
     else:
         for path in ("", *_FILES, "/live.json"):
-            router.add_api_route(path, _switched_off)
+            router.add_api_route(path, _switched_off, include_in_schema=False)
     return router
 
 
@@ -94,14 +94,14 @@ def start(history: History) -> asyncio.Task[None]:
 
 def _add_page(router: APIRouter, history: History) -> None:
     for path, (name, media_type) in _FILES.items():
-        router.add_api_route(path, _file_endpoint(name, media_type))
+        router.add_api_route(path, _file_endpoint(name, media_type), include_in_schema=False)
 
-    @router.get("")
+    @router.get("", include_in_schema=False)
     def without_slash() -> Response:
         # Relative, so that it also holds behind a proxy that adds a path of its own.
         return RedirectResponse("sluice/", status_code=307, headers=_HEADERS)
 
-    @router.get("/live.json")
+    @router.get("/live.json", include_in_schema=False)
     def live(
         since: Annotated[float | None, Query(allow_inf_nan=False)] = None,
         points: Annotated[int | None, Query(ge=1)] = None,

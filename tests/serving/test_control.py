@@ -1,0 +1,236 @@
+"""Switching on a real server: two tensor-parallel ranks behind two API servers, under traffic, with prefix caching."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from tests.conftest import passages
+from tests.serving.server import Server, get
+from vllm_sluice.lab.export import export
+from vllm_sluice.lab.twin import Twin, TwinConfig
+
+pytestmark = pytest.mark.serving
+
+TOKEN = "a-token-for-the-tests"
+SETTINGS: dict[str, Any] = {
+    "telemetry": {"interval_seconds": 0.5},
+    "control": {"changes_per_minute": 100_000, "watch_seconds": 0.2},
+}
+EXACT = 2e-5
+"""Log-probabilities of one state differ by no more than float32 rounding between differently composed batches."""
+
+
+def four_heads(folder: Path, twin_gated: Path) -> Path:
+    """A random gated model whose four heads two ranks can share; its gates change its output a lot."""
+    torch.manual_seed(5)
+    twin = Twin(TwinConfig(hidden_size=128, layers=4, heads=4, intermediate_size=256, gate="head"))
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.mul_(4.0 if parameter.dim() > 1 else 1.0)
+    export(twin, Tokenizer.from_file(str(twin_gated / "tokenizer.json")), folder, "A random model for tests.\n")
+    return folder
+
+
+def request(server: Server, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
+    """Call one of Sluice's routes; return status and JSON."""
+    call = urllib.request.Request(
+        f"{server.url}/plugins/sluice/{path}", method=method,
+        data=None if body is None else json.dumps(body).encode(),
+        headers={"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"} | headers,
+    )  # fmt: skip
+    try:
+        with urllib.request.urlopen(call, timeout=60) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+def switch(server: Server, enabled: bool) -> dict[str, Any]:
+    status, done = request(server, "PUT", "patches/gate", {"enabled": enabled})
+    assert status == 200, done
+    result: dict[str, Any] = done
+    return result
+
+
+def logprobs(server: Server, prompt: Any, tokens: int = 8, **body: Any) -> list[float]:
+    choice = server.complete(prompt, tokens, logprobs=1, **body)["choices"][0]
+    return list(choice["logprobs"]["token_logprobs"])
+
+
+def apart(first: list[float], second: list[float]) -> float:
+    return max(abs(a - b) for a, b in zip(first, second, strict=True))
+
+
+def stream(server: Server, prompt: list[int], tokens: int) -> Iterator[tuple[int, float]]:
+    """Stream a completion; yield token id and log-probability."""
+    call = urllib.request.Request(
+        f"{server.url}/v1/completions",
+        data=json.dumps(
+            {"model": str(server.model), "prompt": prompt, "max_tokens": tokens, "temperature": 0, "logprobs": 1,
+             "ignore_eos": True, "stream": True, "return_token_ids": True}
+        ).encode(),
+        headers={"Content-Type": "application/json"},
+    )  # fmt: skip
+    with urllib.request.urlopen(call, timeout=120) as answer:
+        for line in answer:
+            text = line.decode().removeprefix("data: ").strip()
+            if text.startswith("{"):
+                choice = json.loads(text)["choices"][0]
+                if choice.get("token_ids"):
+                    yield from zip(choice["token_ids"], choice["logprobs"]["token_logprobs"], strict=True)
+
+
+@pytest.fixture(scope="module")
+def server(twin_gated: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("control")
+    server = Server(
+        four_heads(folder / "model", twin_gated), folder, SETTINGS,
+        ["--dtype", "float32", "--enforce-eager", "--tensor-parallel-size", "2", "--api-server-count", "2",
+         "--enable-prefix-caching"],
+        {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "SLUICE_ADMIN_TOKEN": TOKEN},
+    )  # fmt: skip
+    server.wait()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def fresh(server: Server) -> dict[bool, list[float]]:
+    """What one prompt gives under either state, with nothing in the prefix cache."""
+    prompt = passages()[50][:1200]
+    found = {}
+    for enabled in (True, False):
+        switch(server, enabled)
+        found[enabled] = logprobs(server, prompt, cache_salt=f"fresh-{enabled}")
+    assert apart(found[True], found[False]) > 0.05
+    return found
+
+
+def test_cached_prompts_follow_the_state(server, fresh):
+    prompt = passages()[50][:1200]
+    for enabled in (True, False, True):
+        switch(server, enabled)
+        for _ in range(2):  # computed, then from the cache
+            assert apart(logprobs(server, prompt), fresh[enabled]) < EXACT
+
+
+def test_a_request_in_flight_goes_on_under_the_new_state(server):
+    switch(server, True)
+    ids = server.complete(passages()[51][:400], 1)["choices"][0]["prompt_token_ids"]
+    tokens: list[int] = []
+    values: list[float] = []
+
+    def read() -> None:
+        for token, value in stream(server, ids, 300):
+            tokens.append(token)
+            values.append(value)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    while len(tokens) < 20:
+        time.sleep(0.005)
+    before = len(tokens)
+    switch(server, False)
+    after = len(tokens) + 1  # one may be on its way
+    reader.join(120)
+    assert len(tokens) == 300
+    assert before <= after < 280, "the request was over before the switch"
+    again = list(stream(server, ids + tokens[:after], 300 - after))
+    assert [token for token, _ in again] == tokens[after:]
+    assert apart([value for _, value in again], values[after:]) < EXACT
+    old = list(stream(server, ids, 300))
+    assert apart([value for _, value in old], values) > 0.05, "the switch made no difference"
+
+
+def test_two_hundred_switches_under_traffic(server, fresh):
+    """No request is lost, no rank is left behind, no cached prompt mixes states."""
+    stop = threading.Event()
+    texts = [text[:300] for text in passages()[52:60]]
+
+    def client(index: int) -> list[int]:
+        counts = []
+        while not stop.is_set():
+            counts.append(len(server.complete(texts[index], 24)["choices"][0]["token_ids"]))
+        return counts
+
+    with ThreadPoolExecutor(8) as pool:
+        clients = [pool.submit(client, index) for index in range(8)]
+        try:
+            first = request(server, "GET", "state")[1]["control"]["generation"]
+            start = first % 2 == 0
+            seconds = [switch(server, (index % 2 == 0) == start)["seconds"] for index in range(200)]
+        finally:
+            stop.set()
+        counts = [count for done in clients for count in done.result(120)]
+    assert set(counts) == {24}
+    assert len(counts) > 8
+    state = request(server, "GET", "state")[1]
+    last = state["control"]["generation"]
+    assert last - first >= 199
+    assert {rank["generation"]["applied"] for rank in state["engines"][0]["ranks"]} == {last}
+    enabled = state["control"]["values"]["patches.gate.enabled"]["value"]
+    assert apart(logprobs(server, passages()[50][:1200]), fresh[enabled]) < EXACT
+    metrics = server.metrics()
+    assert metrics["switches_total", "applied"] == last
+    assert metrics["engine_paused",] == 0
+    assert metrics["patch_enabled", "gate"] == float(enabled)
+    assert sorted(seconds)[len(seconds) // 2] < 5
+
+
+def test_of_several_writers_with_one_generation_one_wins(server):
+    state = request(server, "GET", "state")[1]["control"]
+    floor = state["values"]["patches.gate.floor"]["value"]
+    headers = {"If-Match": str(state["generation"])}
+
+    def write(index: int) -> int:
+        return request(server, "PUT", "patches/gate", {"floor": floor + 0.01 * (index + 1)}, **headers)[0]
+
+    with ThreadPoolExecutor(8) as pool:
+        statuses = sorted(pool.map(write, range(8)))
+    assert statuses == [200] + 7 * [412]
+    assert request(server, "PUT", "patches/gate", {"floor": None})[0] == 200
+
+
+def test_a_wrong_token_changes_nothing(server):
+    before = request(server, "GET", "state")[1]["control"]["generation"]
+    status, answer = request(server, "PUT", "patches/gate", {"enabled": True}, Authorization="Bearer wrong")
+    assert status == 401
+    assert "admin tokens" in answer["error"]
+    assert request(server, "GET", "state")[1]["control"]["generation"] == before
+
+
+def test_an_edited_file_reaches_every_rank(server):
+    file = server.log.parent / "sluice.yaml"
+    assert request(server, "PUT", "patches/gate", {"enabled": None, "floor": None})[0] == 200
+    for enabled in (False, True):
+        file.write_text(json.dumps({**SETTINGS, "patches": {"gate": {"enabled": enabled}}}))
+        began = time.monotonic()
+        metrics = server.settled(("patch_enabled", "gate"), float(enabled))
+        assert metrics["patch_enabled", "gate"] == float(enabled)
+        assert time.monotonic() - began < 10
+        assert request(server, "GET", "state")[1]["control"]["values"]["patches.gate.enabled"]["origin"] == "file"
+    file.write_text("patches: [")
+    metrics = server.settled(("config_file_good",), 0.0)
+    assert metrics["config_file_good",] == 0
+    assert metrics["patch_enabled", "gate"] == 1
+    file.write_text(json.dumps(SETTINGS))
+    assert server.settled(("config_file_good",), 1.0)["config_file_good",] == 1
+
+
+def test_the_routes_are_documented(server):
+    paths = json.loads(get(f"{server.url}/openapi.json"))["paths"]
+    assert {"/plugins/sluice/state", "/plugins/sluice/patches/{name}", "/plugins/sluice/changes"} <= set(paths)
+
+
