@@ -9,6 +9,7 @@ import torch
 
 from tests.engine.engine import EVERY_ROW, Engine
 from tests.engine.expected import Expected, expected
+from vllm_sluice.lab.reference import reference_model
 from vllm_sluice.ops.histogram import QUANTILE_ERROR
 
 # Relative error of every statistic. float32: sums in another order (issue: at most 1e-4; measured 1e-6).
@@ -237,3 +238,12 @@ def test_the_rpc_never_raises(make_engine, twin_gated):
     assert "TypeError" in engine.rpc("apply", bad)["error"]
     assert engine.rpc("state") == before
     assert engine.rpc("state")["patches"]["gate"]["values"]["enabled"] is True
+
+
+def test_an_unusable_snapshot_folder_costs_only_the_metrics(twin_gated, prompts, tmp_path):
+    (tmp_path / "file").write_text("")
+    engine = Engine(twin_gated, tmp_path / "file" / "below", EVERY_ROW)
+    assert not hasattr(engine.model, "sluice_runtime")
+    with torch.no_grad():
+        wanted = reference_model(twin_gated)(torch.tensor([prompts[0]])).logits[0]
+    assert (engine.logits(prompts[0]) - wanted).abs().max() < 1e-4

