@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -253,6 +253,8 @@ class Batch:
         Token id of each row on the device, [>= tokens], int; None on a stage that has none.
     attention
         vLLM's attention metadata by layer name.
+    arguments
+        Returns the extra arguments (`vllm_xargs`) of each request, [requests]; a call, since only some need them.
     """
 
     tokens: int
@@ -262,6 +264,7 @@ class Batch:
     positions: torch.Tensor
     ids: torch.Tensor | None
     attention: dict[str, Any]
+    arguments: Callable[[], list[Mapping[str, Any]]]
 
     @property
     def prefill_tokens(self) -> int:
@@ -323,7 +326,13 @@ def _batch(runner: Any) -> Batch:
         positions=getattr(positions, "gpu", positions),
         ids=runner.input_ids.gpu,
         attention=metadata if isinstance(metadata, dict) else {},
+        arguments=lambda: [_arguments(runner.requests[request]) for request in runner.input_batch.req_ids[:requests]],
     )
+
+
+def _arguments(request: Any) -> Mapping[str, Any]:
+    arguments: Mapping[str, Any] | None = getattr(request.sampling_params, "extra_args", None)
+    return arguments or {}
 
 
 # ------------------------------------------------------------------------------------------------ model structure
@@ -624,6 +633,73 @@ def _packed_order(isa: str, dtype: torch.dtype, size: int, dim: int) -> torch.Te
     return None if torch.equal(order, index) else order
 
 
+# ------------------------------------------------------------------------------------------------ requests
+SaltCheck = Callable[[Mapping[str, Any], str | None], str | None]
+_CHECK = "_sluice_check"
+
+
+def on_request(make_check: Callable[[], SaltCheck]) -> None:
+    """Let a check see every request before it reaches the engine: refuse it, or change its cache salt.
+
+    Each front end (an API server, or an `LLM`) makes one check, called as `check(extra_args, cache_salt)` and returning
+    the salt to use; see `bad_request` for refusing. Wraps InputProcessor (v1/engine/input_processor.py), which all
+    APIs go through; cached keys and values are shared by equal prompts of equal salt only.
+    """
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    def make_init(original: Callable[..., None]) -> Callable[..., None]:
+        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, *args, **kwargs)
+            setattr(self, _CHECK, make_check())
+
+        return __init__
+
+    def make_process(original: Callable[..., Any]) -> Callable[..., Any]:
+        def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+            request = original(self, *args, **kwargs)
+            request.cache_salt = getattr(self, _CHECK)(_arguments(request), request.cache_salt)
+            return request
+
+        return process_inputs
+
+    _wrap(InputProcessor, "__init__", make_init)
+    _wrap(InputProcessor, "process_inputs", make_process)
+
+
+def on_openai_request(check: Callable[[Mapping[str, Any], bool], None]) -> None:
+    """Call `check(vllm_xargs, beam_search)` for every OpenAI request before its answer begins.
+
+    A streamed answer has begun, with status 200, when the input processor sees the request; and beam search drops
+    `vllm_xargs`. Wraps the requests' to_sampling_params and to_beam_search_params (entrypoints/openai/*/protocol.py).
+    """
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+
+    def make(beam_search: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        def checked(original: Callable[..., Any]) -> Callable[..., Any]:
+            def to_params(self: Any, *args: Any, **kwargs: Any) -> Any:
+                check(self.vllm_xargs or {}, beam_search)
+                return original(self, *args, **kwargs)
+
+            return to_params
+
+        return checked
+
+    for request in (CompletionRequest, ChatCompletionRequest, ResponsesRequest):
+        _wrap(request, "to_sampling_params", make(False))
+    for request in (CompletionRequest, ChatCompletionRequest):
+        _wrap(request, "to_beam_search_params", make(True))
+
+
+def bad_request(message: str, parameter: str) -> Exception:
+    """Make the exception that vLLM's API server answers with status 400 (vllm/exceptions.py)."""
+    from vllm.exceptions import VLLMValidationError
+
+    error: Exception = VLLMValidationError(message, parameter=parameter)
+    return error
+
+
 # ------------------------------------------------------------------------------------------------ the API server
 def routes_are_allowed(plugin: str) -> bool:
     """Tell whether VLLM_PLUGINS names a plugin, without which vLLM loads none of its routes (plugins/__init__.py)."""
@@ -646,3 +722,47 @@ def server_registry() -> Any:
     return get_prometheus_registry()
 
 
+
+
+class EngineClients:
+    """All engines behind the client that vLLM gives an endpoint plugin (engine/protocol.py, EngineClient)."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    async def is_paused(self) -> bool:
+        """Tell whether generation is paused, by whomever."""
+        return bool(await self._client.is_paused())
+
+    async def pause(self) -> None:
+        """Freeze requests in flight; drop all cached keys and values (v1/engine/core.py, pause_scheduler)."""
+        await self._client.pause_generation(mode="keep", clear_cache=True)
+
+    async def resume(self) -> None:
+        """Go on."""
+        await self._client.resume_generation()
+
+    async def call(self, operation: str, state: Any = None) -> list[dict[str, Any]]:
+        """Run `sluice_rpc` on all ranks of all engines; without a timeout, which would leave a reply in the queue.
+
+        `EngineClient.collective_rpc` returns the first data-parallel engine's replies only (v1/engine/core_client.py).
+        """
+        core = self._client.engine_core
+        by_engine = await core.call_utility_all_async("collective_rpc", "sluice_rpc", None, [operation, state], None)
+        return [reply for replies in by_engine for reply in replies]
+
+    async def label(self, generation: int) -> None:
+        """Append the generation to the weight version, which others (trainers) may use too."""
+        version = (await self._client.get_weight_version()).partition(";sluice=")[0]
+        await self._client.update_weight_version(f"{version};sluice={generation}")
+
+    @property
+    def index(self) -> int:
+        """Number of this API server, 0 for the first."""
+        return int(getattr(self._client.engine_core, "client_index", 0))
+
+    @property
+    def ranks(self) -> int:
+        """Number of ranks of all engines that this API server talks to."""
+        world = int(self._client.vllm_config.parallel_config.world_size)
+        return world * len(self._client.engine_core.core_engines)

@@ -168,6 +168,23 @@ class Live(_Strict):
     """Time between two points of the page's history."""
 
 
+class Guard(_Strict):
+    """Trying a switched patch on a share of the requests before it is switched for all."""
+
+    enabled: bool = False
+    """Guard every change of `patches.*.enabled` that is made over HTTP."""
+    share: Annotated[float, Field(gt=0, le=0.5)] = 0.1
+    """Share of the requests that run under the new state."""
+    window_seconds: Annotated[float, Field(ge=1, le=86_400)] = 60.0
+    """How long the groups are compared."""
+    least_tokens: Annotated[int, Field(ge=2)] = 500
+    """Generated tokens that each group needs for a verdict."""
+    patience_seconds: Annotated[float, Field(ge=1)] = 900.0
+    """Without that many tokens by then, the change is rolled back."""
+    most_drop: Annotated[float, Field(ge=0)] = 0.1
+    """Largest drop of the mean log-probability of generated tokens, nats."""
+
+
 class Control(_Strict):
     """Changing run-time keys while the server runs, and choosing patches per request."""
 
@@ -188,6 +205,7 @@ class Control(_Strict):
     """A switch that takes longer is reported as failed; it is still carried to its end."""
     per_request: bool = False
     """Let requests choose with `vllm_xargs`, such as `{"sluice.gate": false}`."""
+    guard: Guard = Guard()
 
 
 class Config(_Strict):

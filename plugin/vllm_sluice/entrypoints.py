@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from vllm_sluice import __version__, compat, config
 from vllm_sluice.compat import Load
+
+if TYPE_CHECKING:
+    from vllm_sluice.control.per_request import RequestCheck
 
 
 class _Loading:
@@ -38,7 +41,7 @@ def register() -> None:
     try:
         _hook()
     except Exception:
-        if settings.patches.gate.source not in ("auto", "none"):
+        if settings.patches.gate.source not in ("auto", "none") or settings.control.per_request:
             raise
         compat.logger.exception(
             "sluice: off, because it does not know this vLLM (%s; tested: %s)",
@@ -54,6 +57,7 @@ def _hook() -> None:
     compat.on_load_model(_before_load, _after_load)
     compat.on_checkpoint_weights(_divert)
     compat.on_forward()
+    compat.on_request(lambda: _request_check().salt)
     compat.add_worker_method("sluice_rpc", rank.worker_method)
 
 
@@ -61,7 +65,20 @@ def endpoint() -> Any:
     """Return the endpoint plugin (entry-point group `vllm.endpoint_plugins`)."""
     from vllm_sluice.server import SluiceEndpoint
 
+    if config.load().config.enabled:
+        compat.on_openai_request(_request_check().validate_openai)
     return SluiceEndpoint()
+
+
+def _request_check() -> RequestCheck:
+    from vllm_sluice.control.per_request import InstalledPatches, RequestCheck
+    from vllm_sluice.patches.installer import patch_kinds
+    from vllm_sluice.telemetry import rundir
+    from vllm_sluice.telemetry.collector import SnapshotCollector
+
+    settings = config.load().config
+    installed = InstalledPatches(SnapshotCollector(rundir.announce(settings.telemetry)))
+    return RequestCheck(settings.control.per_request, [kind.name for kind in patch_kinds(settings)], installed)
 
 
 def fingerprint() -> str:

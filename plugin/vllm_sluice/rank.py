@@ -21,7 +21,9 @@ import torch
 from vllm_sluice import compat
 from vllm_sluice.compat import Batch, Load
 from vllm_sluice.config import Config
+from vllm_sluice.control import per_request
 from vllm_sluice.patches.base import InstalledPatch
+from vllm_sluice.patches.choices import Choices
 from vllm_sluice.patches.installer import patch_kinds
 from vllm_sluice.probes.base import Probe
 from vllm_sluice.probes.installer import PROBE_KINDS, ProbeSet
@@ -40,6 +42,9 @@ class Rank:
         info: RankInfo,
     ) -> None:
         self._patches = patches
+        self._choices: Choices | None = None
+        if config.control.per_request and patches:
+            self._choices = Choices({per_request.key(kind): patch for kind, patch in patches.items()})
         self._probes = probes.installed
         self._rows = probes.rows
         self._unavailable = probes.unavailable
@@ -69,21 +74,34 @@ class Rank:
 
     # -------------------------------------------------------------------------------------------- the step path
     def forward(self, describe: Callable[[], Batch], run: Callable[[], Any]) -> Any:
-        """Run one real forward pass with the probes around it."""
+        """Run one real forward pass with the probes around it, under the patches that its requests chose."""
         probes = [probe for probe in self._probes if probe.enabled]
-        if not probes:
+        if not probes and self._choices is None:
             return run()
         with self._lock:
-            batch = self._before(probes, describe)
-            try:
+            batch = self._describe(probes, describe)
+            if batch is None:
                 return run()
+            probed = bool(probes) and self._before(probes, batch)
+            try:
+                with self._choices.acting(batch) if self._choices else contextlib.nullcontext():
+                    return run()
             finally:
-                if batch is not None:
+                if probed:
                     self._after(probes, batch)
 
-    def _before(self, probes: list[Probe], describe: Callable[[], Batch]) -> Batch | None:
+    def _describe(self, probes: list[Probe], describe: Callable[[], Batch]) -> Batch | None:
         try:
-            batch = describe()
+            return describe()
+        except Exception:
+            if self._choices is not None:  # without the rows of each request the answers would be wrong
+                raise
+            for probe in probes:
+                self._failed(probe)
+            return None
+
+    def _before(self, probes: list[Probe], batch: Batch) -> bool:
+        try:
             if self._rows is not None:
                 self._rows.mark(batch, [probe.kind for probe in probes])
         except Exception:
@@ -91,10 +109,10 @@ class Rank:
                 self._failed(probe)
             if self._rows is not None:
                 self._rows.clear()
-            return None
+            return False
         for probe in probes:
             self._guarded(probe, probe.before, batch)
-        return batch
+        return True
 
     def _after(self, probes: list[Probe], batch: Batch) -> None:
         if batch.positions.is_cuda:

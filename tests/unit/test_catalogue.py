@@ -28,7 +28,8 @@ LABEL_VALUES = {
     "patch": ("gate",),
     "probe": ("residual", "attention", "gate"),
     "kind": ("desired", "applied"),
-    "result": ("applied", "rolled_back", "failed"),
+    "result": ("applied", "rolled_back", "failed", "tried"),
+    "group": ("rest", "canary"),
 }
 FROM_THE_COLLECTOR = ("sluice_info", "sluice_snapshot_age_seconds", "sluice_exported_series")
 

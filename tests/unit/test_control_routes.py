@@ -60,7 +60,8 @@ def test_a_change_answers_when_all_ranks_have_it(make, engines):
     body = answer.json()
     assert body.pop("seconds") >= 0
     assert body == {
-        "generation": 1, "paused": True, "ranks": 2, "changed": {"patches.gate.enabled": {"from": True, "to": False}},
+        "generation": 1, "paused": True, "ranks": 2, "tried": False,
+        "changed": {"patches.gate.enabled": {"from": True, "to": False}},
     }  # fmt: skip
     assert answer.headers["etag"] == '"1"'
 

@@ -40,7 +40,8 @@ _LABELS = """\
 | `rank` | of `sluice_activation_top_*`: 1, 2, 3; elsewhere the worker's place in its engine, such as `pp0-tp1` |
 | `position` | class of a token: `start` (position 0), `delimiter` or `other` |
 | `phase` | `prefill` or `decode` |
-| `result` | `applied`, `rolled_back` (a rank refused, all have the old state again) or `failed` |
+| `result` | `applied`, `rolled_back` (the old state holds), `failed`, or `tried` (the guard began a trial) |
+| `group` | `canary`, which runs under the new state, or `rest` |
 | `patch`, `probe` | kind of the patch or probe |
 | `kind` | of `sluice_generation`: `desired` or `applied` |
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ from typing import Any
 
 from vllm_sluice import config
 from vllm_sluice.config import Loaded
-from vllm_sluice.control import state
+from vllm_sluice.control import guard, state
 from vllm_sluice.control.journal import Change, Journal, Record, write_whole
 from vllm_sluice.control.state import Installed, Refused, Values
 from vllm_sluice.control.switch import AlreadyPaused, Engines, SwitchFailed, switch
@@ -35,15 +36,23 @@ class NotReady(RuntimeError):
     """The ranks do not report, so nothing can be changed."""
 
 
+class TrialUnderWay(RuntimeError):
+    """The guard is trying a change, and nothing else is changed meanwhile."""
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """What a change did: `changed` is empty if everything was as asked already."""
+    """What a change did: `changed` is empty if everything was as asked already.
+
+    `tried` says that nothing is in force yet: the guard tries the change on a share of the requests first.
+    """
 
     generation: int
     changed: dict[str, dict[str, Any]]
     paused: bool = False
     seconds: float = 0.0
     ranks: int = 0
+    tried: bool = False
 
 
 @dataclass(frozen=True)
@@ -132,6 +141,7 @@ class Controller:
             "switching": switching is not None,
             "paused_seconds": None if paused is None else round(max(0.0, time.time() - paused), 3),
             "file": record.file,
+            "guard": record.guard,
         }
 
     async def preview(self, edits: Mapping[str, Any]) -> Outcome:
@@ -149,7 +159,8 @@ class Controller:
 
     # ------------------------------------------------------------------------------------------------ changing
     async def change(
-        self, edits: Mapping[str, Any], *, who: str, source: str = "admin", if_generation: int | None = None
+        self, edits: Mapping[str, Any], *, who: str, source: str = "admin", if_generation: int | None = None,
+        guarded: bool = True,
     ) -> Outcome:
         """Make a change; answers when every rank has applied it.
 
@@ -161,13 +172,16 @@ class Controller:
             For the audit.
         if_generation
             Refuse if the state has another generation by now.
+        guarded
+            False to pass the guard by.
 
         Raises
         ------
-        Refused, Moved, AlreadyPaused, SwitchFailed, Busy, TimedOut, NotReady
+        Refused, Moved, TrialUnderWay, AlreadyPaused, SwitchFailed, Busy, TimedOut, NotReady
             If the change was not made. After `TimedOut` it may still be.
         """
-        task = asyncio.create_task(self._change(edits, who, source, if_generation), name="sluice-change")
+        change = self._change(edits, who, source, if_generation, guarded)
+        task = asyncio.create_task(change, name="sluice-change")
         # Never cancelled: whoever waits for it may go away, but the engine must not stay paused.
         self._running.add(task)
         task.add_done_callback(self._running.discard)
@@ -182,13 +196,22 @@ class Controller:
             )
         return task.result()
 
-    async def _change(self, edits: Mapping[str, Any], who: str, source: str, if_generation: int | None) -> Outcome:
+    async def _change(
+        self, edits: Mapping[str, Any], who: str, source: str, if_generation: int | None, guarded: bool
+    ) -> Outcome:
         async with self.journal.locked(self._settings.timeout_seconds):
             record = self.journal.read()
             if if_generation is not None and if_generation != record.generation:
                 raise Moved(f"the state has generation {record.generation}, not {if_generation}; read it and try again")
+            if record.guard is not None and source != "guard":
+                raise TrialUnderWay(
+                    f"the guard is trying the patch {record.guard['patch']}; wait for its verdict, or end the trial "
+                    "with DELETE guard"
+                )
             before, after, admin = await self._target(record, edits)
             changed = state.difference(before, after)
+            if guarded and source == "admin" and self._settings.guard.enabled and (patch := _switched(changed)):
+                return self._try(record, patch, changed, who)
             if not changed:
                 self._keep(record, admin)
                 return Outcome(record.generation, {})
@@ -230,6 +253,65 @@ class Controller:
         logger.info("sluice: generation %d by %s (%s) in %.0f ms: %s", generation, who, source, 1e3 * seconds, what)
         return Outcome(generation, changed, pause, round(seconds, 4), ranks)
 
+    # ------------------------------------------------------------------------------------------------ the guard
+    def _try(self, record: Record, patch: str, changed: dict[str, dict[str, Any]], who: str) -> Outcome:
+        """Begin a trial; for the holder of the lock."""
+        now = time.time()
+        settings = self._settings.guard
+        trial = {
+            "number": int(1000 * now), "patch": patch, "enabled": changed[f"patches.{patch}.enabled"]["to"],
+            "share": settings.share, "since": now, "who": who, "measured": None, "reason": None,
+        }  # fmt: skip
+        self.journal.update(guard=trial)
+        self.journal.add(Change(record.generation, now, who, "admin", changed, "tried", None, 0.0))
+        logger.info("sluice: %s tries the patch %s on %.0f %% of the requests", who, patch, 100 * settings.share)
+        return Outcome(record.generation, changed, tried=True)
+
+    async def end_trial(self, who: str) -> Outcome:
+        """End a trial without switching anything.
+
+        Raises
+        ------
+        LookupError
+            If there is none.
+        """
+        return await self._conclude("roll back", f"ended by {who}", who)
+
+    async def _guard(self) -> None:
+        """Look at a trial under way: measure, compare, and complete or roll back when it is time."""
+        trial = self.journal.read().guard
+        if trial is None:
+            return
+        measured = guard.combine(await self._engines.call("guard"), trial["number"])
+        verdict = guard.judge(measured, time.time() - trial["since"], self._settings.guard)
+        async with self.journal.locked(self._settings.timeout_seconds):
+            current = self.journal.read().guard
+            if current is None or current["number"] != trial["number"]:
+                return
+            shown = {name: {**vars(group), "mean": _number(group.mean)} for name, group in measured.items()}
+            self.journal.update(guard={**trial, "measured": shown, "reason": verdict.reason})
+        if verdict.action != "wait":
+            await self._conclude(verdict.action, verdict.reason, trial["who"])
+
+    async def _conclude(self, action: str, reason: str, who: str) -> Outcome:
+        async with self.journal.locked(self._settings.timeout_seconds):
+            record = self.journal.read()
+            if record.guard is None:
+                raise LookupError("the guard is trying nothing")
+            trial = record.guard
+            self.journal.update(guard=None)
+            key = f"patches.{trial['patch']}.enabled"
+            changed = {key: {"from": not trial["enabled"], "to": trial["enabled"]}}
+            if action == "roll back":
+                seconds = round(time.time() - trial["since"], 3)
+                self.journal.add(
+                    Change(record.generation, trial["since"], who, "guard", changed, "rolled back", reason, seconds)
+                )
+                logger.error("sluice: the guard rolled %s back: %s", key, reason)
+                return Outcome(record.generation, {})
+        logger.info("sluice: the guard completes %s: %s", key, reason)
+        return await self.change({key: trial["enabled"]}, who=who, source="guard")
+
     async def _target(self, record: Record, edits: Mapping[str, Any]) -> tuple[Values, Values, Values]:
         installed = await self.installed()
         layers = self.layers()
@@ -269,7 +351,9 @@ class Controller:
                 self.layers()
                 await self._recover()
                 await self._note_file()
-                if time.monotonic() - failed_at > 30 and (await self.preview({})).changed:
+                await self._guard()
+                quiet = self.journal.read().guard is None and time.monotonic() - failed_at > 30
+                if quiet and (await self.preview({})).changed:
                     try:
                         await self.change({}, who=self._file or "start", source="file")
                     except (Refused, AlreadyPaused, SwitchFailed, TimedOut, NotReady) as error:
@@ -346,6 +430,18 @@ class Controller:
                 self.journal.update(paused_since=None)
             elif paused and since is not None and time.time() - since > 30:
                 logger.warning("sluice: the engine has been paused for %.0f s", time.time() - since)
+
+
+def _switched(changed: Mapping[str, Any]) -> str | None:
+    """Return the patch that a change switches on or off, if it does nothing else."""
+    keys = [key.split(".") for key in changed]
+    if len(keys) == 1 and keys[0][0] == "patches" and keys[0][2] == "enabled":
+        return keys[0][1]
+    return None
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else round(value, 4)
 
 
 def _is_installed(key: str, installed: Installed) -> bool:

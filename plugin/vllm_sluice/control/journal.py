@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from vllm_sluice.telemetry import rundir
 
-Result = Literal["applied", "rolled back", "failed"]
+Result = Literal["applied", "rolled back", "failed", "tried"]
 KEPT_CHANGES = 500
 
 
@@ -36,11 +36,11 @@ class Change:
     who
         Name of the token, the file, or `start`.
     source
-        `admin`, `file`, or `start` for what a restart brings back.
+        `admin`, `file`, `guard`, or `start` for what a restart brings back.
     changed
         `{key: {"from": value, "to": value}}`.
     result, error
-        How it ended, and why not well.
+        How it ended, and why not well. `tried`: the guard has begun a trial, whose end is an entry of its own.
     seconds
         How long it took.
     """
@@ -75,6 +75,8 @@ class Record:
         `{"path", "good", "error", "restart_needed"}` of the configuration file, if there is one.
     results
         Changes so far by result, and `seconds` that they took in all.
+    guard
+        A trial under way: `{"number", "patch", "enabled", "share", "since", "who", "measured"}`.
     """
 
     generation: int = 0
@@ -84,6 +86,7 @@ class Record:
     paused_since: float | None = None
     file: dict[str, Any] | None = None
     results: dict[str, float] = field(default_factory=dict)
+    guard: dict[str, Any] | None = None
 
 
 class Journal:

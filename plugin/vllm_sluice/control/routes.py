@@ -15,7 +15,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from vllm_sluice.config import Control
 from vllm_sluice.control import state
-from vllm_sluice.control.controller import Controller, Moved, NotReady, Outcome, TimedOut
+from vllm_sluice.control.controller import Controller, Moved, NotReady, Outcome, TimedOut, TrialUnderWay
 from vllm_sluice.control.journal import KEPT_CHANGES, Busy
 from vllm_sluice.control.limit import RateLimit
 from vllm_sluice.control.state import Refused
@@ -26,15 +26,16 @@ logger = logging.getLogger("vllm.sluice.control")
 
 MOST_BYTES = 16_384
 _STATUS: dict[type[Exception], int] = {
-    Refused: 400, LookupError: 404, AlreadyPaused: 409, Moved: 412, SwitchFailed: 502, Busy: 503, NotReady: 503,
-    TimedOut: 504,
+    Refused: 400, LookupError: 404, AlreadyPaused: 409, TrialUnderWay: 409, Moved: 412, SwitchFailed: 502, Busy: 503,
+    NotReady: 503, TimedOut: 504,
 }  # fmt: skip
 _ANSWERS: dict[int | str, dict[str, Any]] = {
+    202: {"description": "The guard tries the change on a share of the requests first; see state and changes."},
     400: {"description": "The body or a value does not fit; nothing was changed."},
     401: {"description": "No token, or a wrong one."},
     403: {"description": "Read-only: the server has no admin token, or the client is not on this machine."},
     404: {"description": "Unknown or not installed."},
-    409: {"description": "Somebody else keeps the engine paused."},
+    409: {"description": "Somebody else keeps the engine paused, or the guard is trying a change."},
     412: {"description": "If-Match names another generation."},
     413: {"description": f"The body has more than {MOST_BYTES} bytes."},
     429: {"description": "Too many attempts; Retry-After says how long to wait."},
@@ -106,6 +107,16 @@ def build_router(
 
         return await _guarded(respond)
 
+    @router.delete("/guard", summary="End the guard's trial; nothing is switched", responses=_ANSWERS)
+    async def end_trial(
+        request: Request, _documented: Annotated[HTTPAuthorizationCredentials | None, Security(_BEARER)]
+    ) -> Response:
+        async def respond() -> Response:
+            who = gatekeeper.admit(request)
+            return _answer(_outcome(await ready().end_trial(who)))
+
+        return await _guarded(respond)
+
     def add_change(section: str) -> None:
         @router.put(
             f"/{section}/{{name}}", summary=f"Change run-time values of one of the {section}", responses=_ANSWERS,
@@ -116,12 +127,13 @@ def build_router(
             request: Request,
             _documented: Annotated[HTTPAuthorizationCredentials | None, Security(_BEARER)],
             if_match: Annotated[str | None, Header()] = None,
+            guard: Annotated[bool, Query(description="false passes the guard by")] = True,
         ) -> Response:
             async def respond() -> Response:
                 who = gatekeeper.admit(request)
                 edits = state.edits(section, name, await _read(request), await ready().installed())
-                done = await ready().change(edits, who=who, if_generation=_generation(if_match))
-                return _answer(_outcome(done), headers={"ETag": f'"{done.generation}"'})
+                done = await ready().change(edits, who=who, if_generation=_generation(if_match), guarded=guard)
+                return _answer(_outcome(done), 202 if done.tried else 200, {"ETag": f'"{done.generation}"'})
 
             return await _guarded(respond)
 
@@ -229,7 +241,7 @@ def _is_local(request: Request) -> bool:
 def _outcome(done: Outcome) -> dict[str, Any]:
     return {
         "generation": done.generation, "changed": done.changed, "paused": done.paused, "seconds": done.seconds,
-        "ranks": done.ranks,
+        "ranks": done.ranks, "tried": done.tried,
     }  # fmt: skip
 
 

@@ -11,6 +11,8 @@ from vllm_sluice.config import Config
 from vllm_sluice.patches.base import InstalledPatch, PatchError, PatchKind
 from vllm_sluice.patches.gate import GateKind
 
+_PER_REQUEST_REMEDY = "Change that, or set control.per_request: false; patches are then switched for all requests."
+
 
 def patch_kinds(config: Config) -> list[PatchKind]:
     """Return the patch kinds in the order in which they are installed. The registry: one line a kind."""
@@ -49,7 +51,20 @@ class Installer:
                 [f"vLLM {version} is installed; Sluice patches models of vLLM {compat.TESTED_VLLM}"],
                 "Install that vLLM, or set allow_untested_vllm: true and check the outputs yourself.",
             )
+        if plans and self._config.control.per_request and (problem := _no_rows(load)):
+            raise PatchError(plans[0][0].name, [f"control.per_request is true, but {problem}"], _PER_REQUEST_REMEDY)
         installed = [kind.install(plan) for kind, plan in plans]
         for patch in installed:
             compat.logger.info("sluice: patch %s installed: %s", patch.name, patch.report.detail)
         return installed
+
+
+def _no_rows(load: Load) -> str | None:
+    """Say why the rows of each request are not known before a forward pass, or None if they are."""
+    if load.uses_runner_v2:
+        return "vLLM's model runner V2 is not supported yet; start with VLLM_USE_V2_MODEL_RUNNER=0"
+    if load.microbatches:
+        return "dual-batch overlap splits a batch in ways that are not followed"
+    if load.context_parallel:
+        return "context parallelism spreads a sequence over ranks"
+    return None

@@ -1,0 +1,107 @@
+"""The guard: a patch is switched for a share of the requests first, and for all only if that share did no worse.
+
+Requests that choose nothing themselves are put into two groups by a hash of their id: `canary` runs under the new
+state, `rest` under the server's. The workers add up the log-probability of every token that either group generates,
+and count logits that are not finite. Over a window the means are compared; the texts differ, so the difference has an error, and
+tokens of one request are not independent: the bound on the drop is the operator's, not a significance level.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from vllm_sluice.config import Guard
+
+GROUPS = ("rest", "canary")
+ARGUMENT = "sluice_guard"
+"""Request argument, added by the API server, that tells the workers number and group of a trial: `NUMBER:GROUP`."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one group generated: tokens, sum and sum of squares of their log-probabilities; non-finite logits."""
+
+    tokens: int = 0
+    total: float = 0.0
+    squares: float = 0.0
+    nonfinite: int = 0
+
+    @property
+    def mean(self) -> float:
+        """Mean log-probability, nats; NaN without tokens."""
+        return self.total / self.tokens if self.tokens else math.nan
+
+    @property
+    def error(self) -> float:
+        """Standard error of the mean, as if tokens were independent."""
+        if self.tokens < 2:
+            return math.inf
+        return math.sqrt(max(0.0, self.squares / self.tokens - self.mean**2) / self.tokens)
+
+    @property
+    def nonfinite_rate(self) -> float:
+        """Rows of logits with NaN or infinity, per generated token."""
+        rows = self.tokens + self.nonfinite
+        return self.nonfinite / rows if rows else 0.0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What to do with a trial, and why."""
+
+    action: Literal["wait", "complete", "roll back"]
+    reason: str
+
+
+def group_of(request_id: str, number: int, share: float) -> str:
+    """Put a request into a group; the same request into the same group in every process."""
+    digest = hashlib.sha256(f"{number}:{request_id}".encode()).digest()
+    return "canary" if int.from_bytes(digest[:8]) < share * 2**64 else "rest"
+
+
+def combine(replies: Iterable[Mapping[str, Any]], number: int) -> dict[str, Measured]:
+    """Add up what the engines measured; of an engine's ranks all that sample have the same."""
+    by_engine: dict[str, dict[str, Measured]] = {}
+    for reply in replies:
+        if reply.get("number") != number:
+            continue
+        found = {group: Measured(*reply["groups"][group]) for group in GROUPS}
+        known = by_engine.get(reply["engine"])
+        if known is None or sum(m.tokens for m in found.values()) > sum(m.tokens for m in known.values()):
+            by_engine[reply["engine"]] = found
+    return {
+        group: Measured(
+            sum(engine[group].tokens for engine in by_engine.values()),
+            sum(engine[group].total for engine in by_engine.values()),
+            sum(engine[group].squares for engine in by_engine.values()),
+            sum(engine[group].nonfinite for engine in by_engine.values()),
+        )
+        for group in GROUPS
+    }
+
+
+def judge(measured: Mapping[str, Measured], seconds: float, settings: Guard) -> Verdict:
+    """Decide on a trial that has run for `seconds`."""
+    canary, rest = measured["canary"], measured["rest"]
+    if canary.nonfinite and canary.nonfinite_rate > rest.nonfinite_rate:
+        return Verdict(
+            "roll back",
+            f"non-finite logits: {canary.nonfinite_rate:.2%} of the canary's rows, {rest.nonfinite_rate:.2%} of the rest's",
+        )
+    fewest = min(canary.tokens, rest.tokens)
+    if fewest < settings.least_tokens:
+        if seconds > settings.patience_seconds:
+            return Verdict("roll back", f"only {fewest} tokens in one group after {seconds:.0f} s; no verdict")
+        return Verdict("wait", f"{fewest} of {settings.least_tokens} tokens in the smaller group")
+    drop = rest.mean - canary.mean
+    error = math.hypot(canary.error, rest.error)
+    text = f"mean log-probability {canary.mean:.3f} against {rest.mean:.3f} nats ({drop:+.3f} drop, error {error:.3f})"
+    if drop - 2 * error > settings.most_drop or (seconds >= settings.window_seconds and drop > settings.most_drop):
+        return Verdict("roll back", f"{text}; {settings.most_drop:g} is allowed")
+    if seconds < settings.window_seconds:
+        return Verdict("wait", text)
+    return Verdict("complete", text)

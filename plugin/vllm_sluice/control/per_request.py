@@ -1,0 +1,135 @@
+"""What a request may ask for in `vllm_xargs`: checked in the API server, before the request reaches the engine.
+
+`{"sluice.gate": false}` chooses whether the patch `gate` acts on this request. Cached keys and values hold for one
+state of the patches only, so a request that chooses gets a cache salt that names its choice; one that does not shares
+the cache of the server's own state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+from vllm_sluice import compat
+from vllm_sluice.telemetry.collector import SnapshotCollector
+
+PREFIX = "sluice."
+"""Every key that begins so is Sluice's."""
+
+_ARGUMENTS = "vllm_xargs"
+_SALT = "sluice:"
+_SALT_LENGTH = 128
+"""VLLM takes salts up to this length (entrypoints/generate/base/protocol.py), and external KV stores rely on it."""
+_CACHE_SECONDS = 5.0
+
+
+def key(kind: str) -> str:
+    """Return the argument that chooses whether a patch acts."""
+    return f"{PREFIX}{kind}"
+
+
+class RequestCheck:
+    """Checks the arguments of requests and gives each combination of choices its own part of the prefix cache.
+
+    Parameters
+    ----------
+    enabled
+        Whether this server lets requests choose (`control.per_request`).
+    kinds
+        All patch kinds.
+    installed
+        Returns the kinds that are installed in this server.
+    """
+
+    def __init__(self, enabled: bool, kinds: Sequence[str], installed: Callable[[], Collection[str]]) -> None:
+        self._enabled = enabled
+        self._kinds = {key(kind): kind for kind in kinds}
+        self._installed = installed
+
+    def validate(self, arguments: Mapping[str, Any]) -> dict[str, bool]:
+        """Return what a request chose, by patch kind; empty if it leaves everything to the server.
+
+        Raises
+        ------
+        Exception
+            That vLLM answers with status 400, if an argument is unknown, has the wrong type or cannot be granted.
+        """
+        ours = {name: value for name, value in arguments.items() if name.startswith(PREFIX)}
+        for name, value in ours.items():
+            if problem := self._problem(name, value):
+                raise compat.bad_request(problem, _ARGUMENTS)
+        return {self._kinds[name]: bool(value) for name, value in ours.items()}
+
+    def validate_openai(self, arguments: Mapping[str, Any], beam_search: bool) -> None:
+        """Check the arguments of an OpenAI request as `validate` does; vLLM's beam search would drop them."""
+        if self.validate(arguments) and beam_search:
+            names = ", ".join(sorted(name for name in arguments if name.startswith(PREFIX)))
+            raise compat.bad_request(
+                f"{names}: vLLM's beam search ignores {_ARGUMENTS}; drop use_beam_search or the choice", _ARGUMENTS
+            )
+
+    def salt(self, arguments: Mapping[str, Any], salt: str | None) -> str | None:
+        """Return the cache salt of a request, its own extended by what it chose.
+
+        Raises
+        ------
+        Exception
+            As `validate` does, and if the request's own salt imitates one of Sluice's.
+        """
+        if self._enabled and salt is not None and _SALT in salt:
+            raise compat.bad_request(f"cache_salt {salt!r} contains {_SALT!r}, which Sluice adds itself", "cache_salt")
+        chosen = self.validate(arguments)
+        if not chosen:
+            return salt
+        suffix = _SALT + ",".join(f"{kind}={int(acts)}" for kind, acts in sorted(chosen.items()))
+        if salt is None:
+            return suffix
+        if len(salt) + len(suffix) + 1 > _SALT_LENGTH:
+            salt = hashlib.sha256(salt.encode()).hexdigest()
+        return f"{salt}|{suffix}"
+
+    def _problem(self, name: str, value: Any) -> str | None:
+        if not self._enabled:
+            return f"{name}: this server does not let requests choose; it needs control.per_request: true and a restart"
+        if name not in self._kinds:
+            return f"{name}: unknown key; known: {', '.join(sorted(self._kinds))}"
+        if not isinstance(value, int) or value not in (0, 1):  # vLLM turns JSON's true and false into 1 and 0
+            return f"{name}: true or false expected, found {value!r}"
+        installed = self._installed()
+        if self._kinds[name] not in installed:
+            return (
+                f"{name}: the patch {self._kinds[name]} is not installed in this server; "
+                f"installed: {', '.join(sorted(installed)) or 'none'}"
+            )
+        return None
+
+
+class InstalledPatches:
+    """Patches that every rank of this server has installed, as the ranks' snapshots say."""
+
+    def __init__(self, collector: SnapshotCollector, clock: Callable[[], float] = time.monotonic) -> None:
+        self._collector = collector
+        self._clock = clock
+        self._known: tuple[float, frozenset[str]] = (-float("inf"), frozenset())
+
+    def __call__(self) -> frozenset[str]:
+        """Return the installed kinds; snapshots are read again after a few seconds."""
+        read, installed = self._known
+        now = self._clock()
+        if now - read > _CACHE_SECONDS:
+            installed = self._read()
+            self._known = (now, installed)
+        return installed
+
+    def _read(self) -> frozenset[str]:
+        ranks = [
+            {
+                dict(series.labels)["patch"]
+                for series, value in zip(snapshot.series, snapshot.values.tolist(), strict=True)
+                if series.metric == "sluice_patch_installed" and value == 1
+            }
+            for snapshot in self._collector.snapshots()
+        ]
+        return frozenset(set.intersection(*ranks)) if ranks else frozenset()

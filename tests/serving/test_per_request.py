@@ -1,0 +1,134 @@
+"""Requests that choose, through the OpenAI API of one real server."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import passages
+from tests.serving.server import Server
+
+pytestmark = pytest.mark.serving
+
+ON, OFF = {"sluice.gate": True}, {"sluice.gate": False}
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+ROUNDING = 1e-5
+"""As in tests/engine/test_per_request.py: batches of different size sum in another order."""
+
+
+@pytest.fixture(scope="module")
+def server(twin_gated: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("server")
+    (folder / "chat.jinja").write_text(CHAT_TEMPLATE)
+    server = Server(
+        twin_gated, folder, {"control": {"per_request": True}},
+        ["--dtype", "float32", "--max-num-batched-tokens", "64", "--enforce-eager", "--block-size", "32",
+         "--enable-prompt-tokens-details", "--chat-template", str(folder / "chat.jinja")],
+    )  # fmt: skip
+    server.wait()
+    yield server
+    server.stop()
+
+
+def post(server: Server, path: str, **body: Any) -> tuple[int, dict[str, Any]]:
+    """Send a request to the OpenAI API; return status and answer, also of a refusal."""
+    common = {"model": str(server.model), "max_tokens": 6, "temperature": 0}
+    request = urllib.request.Request(
+        server.url + path, json.dumps(common | body).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+def ask(server: Server, api: str, text: str, arguments: dict[str, Any] | None, salt: str) -> tuple[str, list[float]]:
+    """Return text and logprobs of one completion; the salt keeps it from the prefix caches of others."""
+    body = {"vllm_xargs": arguments, "cache_salt": salt, "ignore_eos": True}
+    if api == "chat":
+        message = {"role": "user", "content": text}
+        status, answer = post(server, "/v1/chat/completions", messages=[message], logprobs=True, **body)
+        choice = answer["choices"][0]
+        result = choice["message"]["content"], [token["logprob"] for token in choice["logprobs"]["content"]]
+    else:
+        status, answer = post(server, "/v1/completions", prompt=text, logprobs=0, **body)
+        choice = answer["choices"][0]
+        result = choice["text"], choice["logprobs"]["token_logprobs"]
+    assert status == 200
+    return result
+
+
+def test_eight_mixed_requests_equal_single_ones(server):
+    texts = [text[:420] for text in passages()[20:22]]
+    asked = [(api, text, choice) for api in ("completions", "chat") for text in texts for choice in (ON, OFF)]
+    single = [ask(server, *request, "single") for request in asked]
+    with ThreadPoolExecutor(8) as pool:
+        mixed = list(pool.map(lambda request: ask(server, *request, "mixed"), asked))
+    for one, other in zip(single, mixed, strict=True):
+        assert one[0] == other[0]
+        assert one[1] == pytest.approx(other[1], abs=ROUNDING)
+    for on, off in zip(single[::2], single[1::2], strict=True):
+        assert abs(on[1][0] - off[1][0]) > 1000 * ROUNDING
+    unchosen = ask(server, "completions", texts[0], None, "unchosen")
+    assert unchosen[1] == pytest.approx(single[0][1], abs=ROUNDING)
+
+
+def test_choices_share_no_prefix_cache(server):
+    def cached(arguments: dict[str, Any] | None) -> int:
+        status, answer = post(server, "/v1/completions", prompt=passages()[23][:420], vllm_xargs=arguments)
+        assert status == 200
+        return int((answer["usage"]["prompt_tokens_details"] or {}).get("cached_tokens") or 0)
+
+    first = [cached(arguments) for arguments in (None, OFF, ON)]
+    again = [cached(arguments) for arguments in (None, OFF, ON)]
+    assert first == [0, 0, 0]
+    assert min(again) >= 32
+
+
+REFUSALS = [
+    ({"sluice.gates": True}, "sluice.gates: unknown key; known: sluice.gate"),
+    ({"sluice.gate": "off"}, "sluice.gate: true or false expected, found 'off'"),
+    ({"sluice.gate": [0, 1]}, "sluice.gate: true or false expected, found [0, 1]"),
+]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize(("arguments", "message"), REFUSALS)
+@pytest.mark.parametrize("api", ["completions", "chat/completions", "responses"])
+def test_a_refusal_is_a_400_that_says_what_is_allowed(server, api, arguments, message, stream):
+    body: dict[str, Any] = {
+        "completions": {"prompt": "The"},
+        "chat/completions": {"messages": [{"role": "user", "content": "The"}]},
+        "responses": {"input": "The", "max_output_tokens": 6},
+    }[api]
+    status, answer = post(server, f"/v1/{api}", stream=stream, vllm_xargs=arguments, **body)
+    assert status == 400
+    assert message in answer["error"]["message"]
+    assert answer["error"]["param"] == "vllm_xargs"
+
+
+def test_beam_search_cannot_choose(server):
+    status, answer = post(server, "/v1/completions", prompt="The", use_beam_search=True, n=2, vllm_xargs=OFF)
+    assert (status, answer["error"]["param"]) == (400, "vllm_xargs")
+    assert "sluice.gate: vLLM's beam search ignores vllm_xargs" in answer["error"]["message"]
+    status, _ = post(server, "/v1/completions", prompt="The", use_beam_search=True, n=2)
+    assert status == 200
+
+
+def test_a_salt_that_imitates_a_choice_is_a_400(server):
+    status, answer = post(server, "/v1/completions", prompt="The", cache_salt="sluice:gate=0")
+    assert (status, answer["error"]["param"]) == (400, "cache_salt")
+    assert "contains 'sluice:'" in answer["error"]["message"]
+
+
+def test_arguments_of_others_are_let_through(server):
+    status, _ = post(server, "/v1/completions", prompt="The", vllm_xargs={"other": "thing"})
+    assert status == 200

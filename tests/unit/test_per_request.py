@@ -1,0 +1,63 @@
+"""What requests may ask for, and the cache salts that keep their states apart."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from vllm_sluice.control.per_request import InstalledPatches, RequestCheck
+from vllm_sluice.telemetry.snapshot import Series
+
+
+def check(enabled: bool = True) -> RequestCheck:
+    return RequestCheck(enabled, ["gate", "attention_sink"], lambda: {"gate", "attention_sink"})
+
+
+def test_the_salt_names_the_choice_and_keeps_the_requests_own():
+    salt = check().salt
+    assert salt({}, None) is None
+    assert salt({"other": 1}, "mine") == "mine"
+    assert salt({"sluice.gate": True}, None) == "sluice:gate=1"
+    assert salt({"sluice.gate": 0, "sluice.attention_sink": 1}, "mine") == "mine|sluice:attention_sink=1,gate=0"
+
+
+@pytest.mark.parametrize("length", [90, 114, 115, 128])
+def test_salts_stay_apart_and_within_what_vllm_takes(length):
+    salts = {
+        check().salt({"sluice.gate": choice}, letter * length) for choice in (False, True) for letter in "ab"
+    }
+    assert len(salts) == 4
+    assert all(salt is not None and len(salt) <= 128 and not set("@/\\\0") & set(salt) for salt in salts)
+
+
+def test_a_salt_that_contains_ours_is_refused_only_where_requests_may_choose():
+    with pytest.raises(Exception, match=r"cache_salt 'a\|sluice:gate=1' contains 'sluice:', which Sluice adds itself"):
+        check().salt({}, "a|sluice:gate=1")
+    assert check(enabled=False).salt({}, "a|sluice:gate=1") == "a|sluice:gate=1"
+
+
+@pytest.mark.parametrize("value", ["true", 2, -1, 0.0, 1.0, [0], None])
+def test_a_choice_is_true_or_false(value):
+    with pytest.raises(Exception, match=r"sluice\.gate: true or false expected, found"):
+        check().validate({"sluice.gate": value})
+
+
+def test_a_patch_must_be_installed_on_every_rank():
+    def rank(**patches: float) -> SimpleNamespace:
+        series = [Series("sluice_patch_enabled", (("patch", "gate"),))]
+        series += [Series("sluice_patch_installed", (("patch", kind),)) for kind in patches]
+        return SimpleNamespace(series=series, values=np.array([1.0, *patches.values()]))
+
+    now = 0.0
+    ranks = [rank(gate=1, attention_sink=1), rank(gate=1, attention_sink=0)]
+    installed = InstalledPatches(SimpleNamespace(snapshots=lambda: ranks), clock=lambda: now)
+    assert installed() == {"gate"}
+    ranks.append(rank(gate=0))
+    assert installed() == {"gate"}  # not read again at once
+    now = 6.0
+    assert installed() == set()
+    ranks.clear()
+    now = 12.0
+    assert installed() == set()
