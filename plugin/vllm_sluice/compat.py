@@ -311,6 +311,25 @@ def on_forward() -> None:
     _wrap(GPUModelRunner, "_model_forward", make)
 
 
+def on_sample() -> None:
+    """Route the sampling of every step through `runtime.sample(logits, run)`; `run()` samples.
+
+    Wraps GPUModelRunner._sample (v1/worker/gpu_model_runner.py). Steps with speculative tokens are left alone.
+    """
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def _sample(self: Any, logits: Any, spec_decode_metadata: Any) -> Any:
+            runtime = getattr(self.get_model(), RUNTIME_ATTRIBUTE, None)
+            if runtime is None or spec_decode_metadata is not None:
+                return original(self, logits, spec_decode_metadata)
+            return runtime.sample(logits, lambda: original(self, logits, spec_decode_metadata))
+
+        return _sample
+
+    _wrap(GPUModelRunner, "_sample", make)
+
+
 def _batch(runner: Any) -> Batch:
     from vllm.forward_context import get_forward_context
 
@@ -634,16 +653,17 @@ def _packed_order(isa: str, dtype: torch.dtype, size: int, dim: int) -> torch.Te
 
 
 # ------------------------------------------------------------------------------------------------ requests
-SaltCheck = Callable[[Mapping[str, Any], str | None], str | None]
+Admit = Callable[[str, Mapping[str, Any], str | None], tuple[Mapping[str, Any], str | None]]
 _CHECK = "_sluice_check"
 
 
-def on_request(make_check: Callable[[], SaltCheck]) -> None:
-    """Let a check see every request before it reaches the engine: refuse it, or change its cache salt.
+def on_request(make_check: Callable[[], Admit]) -> None:
+    """Let a check see every request before it reaches the engine: refuse it, or change its arguments and cache salt.
 
-    Each front end (an API server, or an `LLM`) makes one check, called as `check(extra_args, cache_salt)` and returning
-    the salt to use; see `bad_request` for refusing. Wraps InputProcessor (v1/engine/input_processor.py), which all
-    APIs go through; cached keys and values are shared by equal prompts of equal salt only.
+    Each front end (an API server, or an `LLM`) makes one check, called as `check(request_id, extra_args, cache_salt)`
+    and returning arguments and salt to use; see `bad_request` for refusing. Wraps InputProcessor
+    (v1/engine/input_processor.py), which all APIs go through; cached keys and values are shared by equal prompts of
+    equal salt only.
     """
     from vllm.v1.engine.input_processor import InputProcessor
 
@@ -657,7 +677,10 @@ def on_request(make_check: Callable[[], SaltCheck]) -> None:
     def make_process(original: Callable[..., Any]) -> Callable[..., Any]:
         def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
             request = original(self, *args, **kwargs)
-            request.cache_salt = getattr(self, _CHECK)(_arguments(request), request.cache_salt)
+            before = _arguments(request)
+            arguments, request.cache_salt = getattr(self, _CHECK)(request.request_id, before, request.cache_salt)
+            if arguments != before:
+                request.sampling_params.extra_args = dict(arguments)
             return request
 
         return process_inputs

@@ -181,8 +181,9 @@ class Guard(_Strict):
     """Generated tokens that each group needs for a verdict."""
     patience_seconds: Annotated[float, Field(ge=1)] = 900.0
     """Without that many tokens by then, the change is rolled back."""
-    most_drop: Annotated[float, Field(ge=0)] = 0.1
-    """Largest drop of the mean log-probability of generated tokens, nats."""
+    most_change: Annotated[float, Field(ge=0)] = 0.1
+    """Largest change of the mean log-probability of generated tokens, nats; either way, because a model that is broken
+    may well be surer of what it says."""
 
 
 class Control(_Strict):
@@ -206,6 +207,11 @@ class Control(_Strict):
     per_request: bool = False
     """Let requests choose with `vllm_xargs`, such as `{"sluice.gate": false}`."""
     guard: Guard = Guard()
+
+    @property
+    def chooses_rows(self) -> bool:
+        """Whether requests of one batch may run under different patches."""
+        return self.per_request or (self.enabled and self.guard.enabled)
 
 
 class Config(_Strict):

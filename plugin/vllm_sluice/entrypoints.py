@@ -57,7 +57,8 @@ def _hook() -> None:
     compat.on_load_model(_before_load, _after_load)
     compat.on_checkpoint_weights(_divert)
     compat.on_forward()
-    compat.on_request(lambda: _request_check().salt)
+    compat.on_sample()
+    compat.on_request(lambda: _request_check().admit)
     compat.add_worker_method("sluice_rpc", rank.worker_method)
 
 
@@ -71,14 +72,18 @@ def endpoint() -> Any:
 
 
 def _request_check() -> RequestCheck:
+    from vllm_sluice.control.journal import Journal
     from vllm_sluice.control.per_request import InstalledPatches, RequestCheck
     from vllm_sluice.patches.installer import patch_kinds
     from vllm_sluice.telemetry import rundir
     from vllm_sluice.telemetry.collector import SnapshotCollector
 
     settings = config.load().config
-    installed = InstalledPatches(SnapshotCollector(rundir.announce(settings.telemetry)))
-    return RequestCheck(settings.control.per_request, [kind.name for kind in patch_kinds(settings)], installed)
+    folder = rundir.announce(settings.telemetry)
+    installed = InstalledPatches(SnapshotCollector(folder))
+    kinds = [kind.name for kind in patch_kinds(settings)]
+    trial = Journal(folder).trial if settings.control.guard.enabled else lambda: None
+    return RequestCheck(settings.control.per_request, kinds, installed, trial)
 
 
 def fingerprint() -> str:

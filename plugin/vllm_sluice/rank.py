@@ -25,6 +25,7 @@ from vllm_sluice.control import per_request
 from vllm_sluice.patches.base import InstalledPatch
 from vllm_sluice.patches.choices import Choices
 from vllm_sluice.patches.installer import patch_kinds
+from vllm_sluice.patches.trial import TrialMeter
 from vllm_sluice.probes.base import Probe
 from vllm_sluice.probes.installer import PROBE_KINDS, ProbeSet
 from vllm_sluice.probes.window import Window
@@ -43,7 +44,10 @@ class Rank:
     ) -> None:
         self._patches = patches
         self._choices: Choices | None = None
-        if config.control.per_request and patches:
+        self._trial: TrialMeter | None = None
+        if config.control.guard.enabled and patches:
+            self._trial = TrialMeter(load.device)
+        if config.control.chooses_rows and patches:
             self._choices = Choices({per_request.key(kind): patch for kind, patch in patches.items()})
         self._probes = probes.installed
         self._rows = probes.rows
@@ -82,6 +86,8 @@ class Rank:
             batch = self._describe(probes, describe)
             if batch is None:
                 return run()
+            if self._trial is not None:
+                self._trial.look(batch)
             probed = bool(probes) and self._before(probes, batch)
             try:
                 with self._choices.acting(batch) if self._choices else contextlib.nullcontext():
@@ -89,6 +95,10 @@ class Rank:
             finally:
                 if probed:
                     self._after(probes, batch)
+
+    def sample(self, logits: Any, run: Callable[[], Any]) -> Any:
+        """Sample the tokens of the pass before; a guarded trial measures them."""
+        return run() if self._trial is None else self._trial.sample(logits, run)
 
     def _describe(self, probes: list[Probe], describe: Callable[[], Batch]) -> Batch | None:
         try:
@@ -246,6 +256,11 @@ class Rank:
             compat.logger.exception("sluice: the snapshot could not be written; it will be tried again")
         return self.state()
 
+    def trial(self) -> dict[str, Any]:
+        """Return what the guard's trial measured on this rank; see `TrialMeter.measured`."""
+        measured = {} if self._trial is None else self._trial.measured()
+        return {"rank": self._info.rank, "engine": self._info.engine, **measured}
+
     def state(self) -> dict[str, Any]:
         """Return rank, generation and the state of patches and probes as plain data."""
         return {
@@ -268,17 +283,19 @@ class Rank:
 def worker_method(worker: Any, operation: str, state: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Answer `collective_rpc("sluice_rpc", args=(operation, state))` on one worker.
 
-    Operations: `state`, `publish` (write a snapshot now) and `apply`. Never raises: an exception here would leave
-    the other ranks' replies queued and corrupt vLLM's message queue.
+    Operations: `state`, `publish` (write a snapshot now), `apply`, `guard` (what a trial measured). Never raises: an
+    exception here would leave the other ranks' replies queued and corrupt vLLM's message queue.
     """
     try:
         rank: Rank = getattr(compat.worker_model(worker), compat.RUNTIME_ATTRIBUTE)
         if operation == "apply":
             return rank.apply(state or {})
+        if operation == "guard":
+            return rank.trial()
         if operation == "publish":
             rank.publish()
         elif operation != "state":
-            return {"error": f"unknown operation {operation!r}; known: apply, publish, state"}
+            return {"error": f"unknown operation {operation!r}; known: apply, guard, publish, state"}
         return rank.state()
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}

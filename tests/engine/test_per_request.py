@@ -221,3 +221,42 @@ def test_a_salt_cannot_imitate_a_choice(make_engine, twin_gated, prompts):
     assert engine.llm.reset_prefix_cache()
     answers = [ask(engine, [prompts[0]], [a], [s])[0] for a in (ON, OFF) for s in ("me", "you", "me")]
     assert [answer.cached for answer in answers] == [0, 0, 128] * 2
+
+
+def test_a_guarded_trial_measures_what_its_groups_generate(make_engine, twin_gated, prompts):
+    """Counts and sums of log-probabilities equal those that vLLM returns; the canary runs under the tried state."""
+    from vllm import SamplingParams
+
+    from vllm_sluice.control.guard import GROUPS
+    from vllm_sluice.control.journal import Journal, Record
+
+    engine = make_engine(twin_gated, {**EVERY_ROW, "SLUICE_CONTROL__GUARD__ENABLED": "true"})
+    trial = {"number": 7, "patch": "gate", "enabled": False, "share": 0.5}
+    parameters = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True, logprobs=0)
+
+    def generate() -> list[list[float]]:
+        batch = [{"prompt_token_ids": ids} for ids in prompts for _ in range(2)]
+        with environment(**engine._environment):
+            outputs = engine.llm.generate(batch, parameters, use_tqdm=False)
+        return [[next(iter(t.values())).logprob for t in output.outputs[0].logprobs] for output in outputs]
+
+    alone = generate()
+    assert engine.rpc("guard")["groups"] == {group: [0, 0.0, 0.0, 0] for group in GROUPS}
+    Journal(engine.run_dir).write(Record(guard=trial))
+    try:
+        found = generate()
+    finally:
+        Journal(engine.run_dir).write(Record())
+    measured = engine.rpc("guard")
+    assert measured["number"] == 7
+    rest, canary = (measured["groups"][group] for group in GROUPS)
+    assert rest[0] + canary[0] == 6 * len(found)
+    assert rest[0] > 0 < canary[0]
+    values = [value for one in found for value in one]
+    assert rest[1] + canary[1] == pytest.approx(sum(values), rel=1e-4)
+    assert rest[2] + canary[2] == pytest.approx(sum(v * v for v in values), rel=1e-4)
+    assert rest[3] == canary[3] == 0
+    changed = sum(max(abs(a - b) for a, b in zip(x, y, strict=True)) > 1e-3 for x, y in zip(alone, found, strict=True))
+    assert 6 * changed == canary[0]
+    # Not worse: a twin without its gates repeats itself, and is surer of that. The guard looks at changes both ways.
+    assert abs(canary[1] / canary[0] - rest[1] / rest[0]) > 0.3

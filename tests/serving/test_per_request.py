@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -14,11 +16,13 @@ import pytest
 
 from tests.conftest import passages
 from tests.serving.server import Server
+from tests.serving.test_control import TOKEN, request
 
 pytestmark = pytest.mark.serving
 
 ON, OFF = {"sluice.gate": True}, {"sluice.gate": False}
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+GUARD = {"enabled": True, "share": 0.3, "window_seconds": 5, "least_tokens": 150, "most_change": 0.1}
 ROUNDING = 1e-5
 """As in tests/engine/test_per_request.py: batches of different size sum in another order."""
 
@@ -28,9 +32,10 @@ def server(twin_gated: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     folder = tmp_path_factory.mktemp("server")
     (folder / "chat.jinja").write_text(CHAT_TEMPLATE)
     server = Server(
-        twin_gated, folder, {"control": {"per_request": True}},
+        twin_gated, folder, {"control": {"per_request": True, "watch_seconds": 0.2, "guard": GUARD}},
         ["--dtype", "float32", "--max-num-batched-tokens", "64", "--enforce-eager", "--block-size", "32",
          "--enable-prompt-tokens-details", "--chat-template", str(folder / "chat.jinja")],
+        {"SLUICE_ADMIN_TOKEN": TOKEN},
     )  # fmt: skip
     server.wait()
     yield server
@@ -132,3 +137,49 @@ def test_a_salt_that_imitates_a_choice_is_a_400(server):
 def test_arguments_of_others_are_let_through(server):
     status, _ = post(server, "/v1/completions", prompt="The", vllm_xargs={"other": "thing"})
     assert status == 200
+
+
+def guarded(server: Server, body: dict[str, Any]) -> dict[str, Any]:
+    """Make a guarded change under traffic; return the last entry of the audit once the trial is over."""
+    stop = threading.Event()
+
+    def client(index: int) -> None:
+        text = passages()[80 + index][:200]
+        while not stop.is_set():
+            assert len(server.complete(text, 24)["choices"][0]["token_ids"]) == 24
+
+    with ThreadPoolExecutor(8) as pool:
+        clients = [pool.submit(client, index) for index in range(8)]
+        try:
+            status, answer = request(server, "PUT", "patches/gate", body)
+            assert (status, answer["tried"]) == (202, True), answer
+            assert request(server, "PUT", "patches/gate", {"floor": 0.5})[0] == 409
+            seen: set[str] = set()
+            until = time.monotonic() + 90
+            while request(server, "GET", "state")[1]["control"]["guard"] is not None:
+                assert time.monotonic() < until, server.tail()
+                seen |= {key[0] for key in server.metrics()}
+                time.sleep(0.3)
+        finally:
+            stop.set()
+        for one in clients:
+            one.result(120)
+    assert {"guard_tokens", "guard_logprob", "guard_nonfinite"} <= seen
+    change: dict[str, Any] = request(server, "GET", "changes")[1]["changes"][-1]
+    return change
+
+
+def test_the_guard_completes_a_harmless_switch_and_rolls_a_harmful_one_back(server):
+    """With a floor near 1 the gates are open, so switching them off changes nothing; at 0 it breaks the gated twin."""
+    assert request(server, "PUT", "patches/gate", {"floor": 0.9999})[0] == 200
+    change = guarded(server, {"enabled": False})
+    assert (change["source"], change["result"], change["who"]) == ("guard", "applied", "admin"), change
+    assert server.settled(("patch_enabled", "gate"), 0.0)["patch_enabled", "gate"] == 0
+
+    status, answer = request(server, "PUT", "patches/gate?guard=false", {"enabled": True, "floor": None})
+    assert (status, answer["tried"]) == (200, False)
+    change = guarded(server, {"enabled": False})
+    assert (change["source"], change["result"]) == ("guard", "rolled back"), change
+    assert "a change of 0.1 is allowed" in change["error"]
+    assert server.settled(("patch_enabled", "gate"), 1.0)["patch_enabled", "gate"] == 1
+    assert server.metrics()["switches_total", "rolled_back"] == 1

@@ -19,7 +19,7 @@ from vllm_sluice.control.guard import Measured, combine, group_of, judge
 from vllm_sluice.control.journal import Journal
 from vllm_sluice.control.measured import server_values
 
-SETTINGS = Guard(enabled=True, window_seconds=10, least_tokens=100, patience_seconds=60, most_drop=0.1)
+SETTINGS = Guard(enabled=True, window_seconds=10, least_tokens=100, patience_seconds=60, most_change=0.1)
 
 
 def group(tokens: int, mean: float, spread: float = 1.0, nonfinite: int = 0) -> Measured:
@@ -46,14 +46,14 @@ def test_mean_and_error():
     [
         (group(99, -2.0), group(900, -2.0), 20, "wait", "99 of 100 tokens"),
         (group(99, -2.0), group(900, -2.0), 61, "roll back", "only 99 tokens in one group after 61 s"),
-        (group(500, -2.05), group(900, -2.0), 5, "wait", "+0.050 drop"),
-        (group(500, -2.05), group(900, -2.0), 10, "complete", "+0.050 drop"),
-        (group(500, -1.5), group(900, -2.0), 10, "complete", "-0.500 drop"),
-        (group(500, -2.2), group(900, -2.0), 10, "roll back", "0.1 is allowed"),
-        (group(500, -2.15), group(900, -2.0), 5, "wait", "+0.150 drop"),
-        (group(500, -4.0), group(900, -2.0), 1, "roll back", "+2.000 drop"),
+        (group(500, -2.05), group(900, -2.0), 5, "wait", "(-0.050, error"),
+        (group(500, -2.05), group(900, -2.0), 10, "complete", "(-0.050, error"),
+        (group(500, -1.5), group(900, -2.0), 10, "roll back", "(+0.500, error"),
+        (group(500, -2.2), group(900, -2.0), 10, "roll back", "a change of 0.1 is allowed"),
+        (group(500, -2.15), group(900, -2.0), 5, "wait", "(-0.150, error"),
+        (group(500, -4.0), group(900, -2.0), 1, "roll back", "(-2.000, error"),
         (group(0, 0.0, nonfinite=3), group(50, -2.0), 1, "roll back", "non-finite logits: 100.00% of the canary's"),
-        (group(500, -2.0, nonfinite=5), group(900, -2.0, nonfinite=90), 10, "complete", "drop"),
+        (group(500, -2.0, nonfinite=5), group(900, -2.0, nonfinite=90), 10, "complete", "(+0.000, error"),
     ],
 )
 def test_verdicts(canary, rest, seconds, action, reason):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,11 @@ def check(enabled: bool = True) -> RequestCheck:
 
 
 def test_the_salt_names_the_choice_and_keeps_the_requests_own():
-    salt = check().salt
+    def salt(arguments: dict[str, Any], own: str | None) -> str | None:
+        admitted, found = check().admit("r", arguments, own)
+        assert admitted == arguments
+        return found
+
     assert salt({}, None) is None
     assert salt({"other": 1}, "mine") == "mine"
     assert salt({"sluice.gate": True}, None) == "sluice:gate=1"
@@ -26,7 +31,7 @@ def test_the_salt_names_the_choice_and_keeps_the_requests_own():
 @pytest.mark.parametrize("length", [90, 114, 115, 128])
 def test_salts_stay_apart_and_within_what_vllm_takes(length):
     salts = {
-        check().salt({"sluice.gate": choice}, letter * length) for choice in (False, True) for letter in "ab"
+        check().admit("r", {"sluice.gate": choice}, letter * length)[1] for choice in (False, True) for letter in "ab"
     }
     assert len(salts) == 4
     assert all(salt is not None and len(salt) <= 128 and not set("@/\\\0") & set(salt) for salt in salts)
@@ -34,8 +39,25 @@ def test_salts_stay_apart_and_within_what_vllm_takes(length):
 
 def test_a_salt_that_contains_ours_is_refused_only_where_requests_may_choose():
     with pytest.raises(Exception, match=r"cache_salt 'a\|sluice:gate=1' contains 'sluice:', which Sluice adds itself"):
-        check().salt({}, "a|sluice:gate=1")
-    assert check(enabled=False).salt({}, "a|sluice:gate=1") == "a|sluice:gate=1"
+        check().admit("r", {}, "a|sluice:gate=1")
+    assert check(enabled=False).admit("r", {}, "a|sluice:gate=1") == ({}, "a|sluice:gate=1")
+
+
+def test_the_guard_puts_requests_that_choose_nothing_into_groups():
+    trial = {"number": 7, "patch": "gate", "enabled": False, "share": 0.5}
+    guarded = RequestCheck(False, ["gate"], lambda: {"gate"}, lambda: trial)
+    seen = {}
+    for index in range(20):
+        arguments, salt = guarded.admit(f"r{index}", {"other": 1}, None)
+        seen[arguments["sluice.guard"]] = ({k: v for k, v in arguments.items() if k != "sluice.guard"}, salt)
+    assert seen == {
+        "7:canary": ({"other": 1, "sluice.gate": 0}, "sluice:gate=0"),
+        "7:rest": ({"other": 1}, None),
+    }
+    chooses = RequestCheck(True, ["gate"], lambda: {"gate"}, lambda: trial)
+    assert chooses.admit("r1", {"sluice.gate": 1}, None) == ({"sluice.gate": 1}, "sluice:gate=1")
+    with pytest.raises(Exception, match=r"sluice\.guard: unknown key"):
+        chooses.admit("r1", {"sluice.guard": "7:canary"}, None)
 
 
 @pytest.mark.parametrize("value", ["true", 2, -1, 0.0, 1.0, [0], None])

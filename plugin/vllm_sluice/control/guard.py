@@ -2,8 +2,9 @@
 
 Requests that choose nothing themselves are put into two groups by a hash of their id: `canary` runs under the new
 state, `rest` under the server's. The workers add up the log-probability of every token that either group generates,
-and count logits that are not finite. Over a window the means are compared; the texts differ, so the difference has an error, and
-tokens of one request are not independent: the bound on the drop is the operator's, not a significance level.
+and count logits that are not finite. Over a window the means are compared, both ways: a model that is broken may be
+surer of what it says. The texts differ, so the difference has an error, and tokens of one request are not independent:
+the bound is the operator's, not a significance level.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, Literal
 from vllm_sluice.config import Guard
 
 GROUPS = ("rest", "canary")
-ARGUMENT = "sluice_guard"
+ARGUMENT = "sluice.guard"
 """Request argument, added by the API server, that tells the workers number and group of a trial: `NUMBER:GROUP`."""
 
 
@@ -90,18 +91,20 @@ def judge(measured: Mapping[str, Measured], seconds: float, settings: Guard) -> 
     if canary.nonfinite and canary.nonfinite_rate > rest.nonfinite_rate:
         return Verdict(
             "roll back",
-            f"non-finite logits: {canary.nonfinite_rate:.2%} of the canary's rows, {rest.nonfinite_rate:.2%} of the rest's",
+            f"non-finite logits: {canary.nonfinite_rate:.2%} of the canary's rows, "
+            f"{rest.nonfinite_rate:.2%} of the rest's",
         )
     fewest = min(canary.tokens, rest.tokens)
     if fewest < settings.least_tokens:
         if seconds > settings.patience_seconds:
             return Verdict("roll back", f"only {fewest} tokens in one group after {seconds:.0f} s; no verdict")
         return Verdict("wait", f"{fewest} of {settings.least_tokens} tokens in the smaller group")
-    drop = rest.mean - canary.mean
+    change = canary.mean - rest.mean
     error = math.hypot(canary.error, rest.error)
-    text = f"mean log-probability {canary.mean:.3f} against {rest.mean:.3f} nats ({drop:+.3f} drop, error {error:.3f})"
-    if drop - 2 * error > settings.most_drop or (seconds >= settings.window_seconds and drop > settings.most_drop):
-        return Verdict("roll back", f"{text}; {settings.most_drop:g} is allowed")
-    if seconds < settings.window_seconds:
+    text = f"mean log-probability {canary.mean:.3f} against {rest.mean:.3f} nats ({change:+.3f}, error {error:.3f})"
+    over = seconds >= settings.window_seconds
+    if abs(change) - (0 if over else 2 * error) > settings.most_change:
+        return Verdict("roll back", f"{text}; a change of {settings.most_change:g} is allowed")
+    if not over:
         return Verdict("wait", text)
     return Verdict("complete", text)

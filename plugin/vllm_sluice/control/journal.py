@@ -98,6 +98,7 @@ class Journal:
         self._changes = folder / "changes.jsonl"
         self._lock = folder / "control.lock"
         self._inside = asyncio.Lock()
+        self._trial: tuple[int, dict[str, Any] | None] = (0, None)
 
     def read(self) -> Record:
         """Return the shared state; that of a fresh server if there is none yet."""
@@ -105,6 +106,16 @@ class Journal:
             return Record(**json.loads(self._state.read_text()))
         except FileNotFoundError:
             return Record()
+
+    def trial(self) -> dict[str, Any] | None:
+        """Return the guard's trial under way; reads the file only when it has changed."""
+        try:
+            changed = self._state.stat().st_mtime_ns
+        except FileNotFoundError:
+            return None
+        if changed != self._trial[0]:
+            self._trial = (changed, self.read().guard)
+        return self._trial[1]
 
     def write(self, record: Record) -> None:
         """Replace the shared state; for the holder of the lock."""

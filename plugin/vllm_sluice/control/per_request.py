@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from vllm_sluice import compat
+from vllm_sluice.control.guard import ARGUMENT, group_of
 from vllm_sluice.telemetry.collector import SnapshotCollector
 
 PREFIX = "sluice."
@@ -41,12 +42,18 @@ class RequestCheck:
         All patch kinds.
     installed
         Returns the kinds that are installed in this server.
+    trial
+        Returns the guard's trial under way (`journal.Record.guard`), or None.
     """
 
-    def __init__(self, enabled: bool, kinds: Sequence[str], installed: Callable[[], Collection[str]]) -> None:
+    def __init__(
+        self, enabled: bool, kinds: Sequence[str], installed: Callable[[], Collection[str]],
+        trial: Callable[[], Mapping[str, Any] | None] = lambda: None,
+    ) -> None:
         self._enabled = enabled
         self._kinds = {key(kind): kind for kind in kinds}
         self._installed = installed
+        self._trial = trial
 
     def validate(self, arguments: Mapping[str, Any]) -> dict[str, bool]:
         """Return what a request chose, by patch kind; empty if it leaves everything to the server.
@@ -70,17 +77,29 @@ class RequestCheck:
                 f"{names}: vLLM's beam search ignores {_ARGUMENTS}; drop use_beam_search or the choice", _ARGUMENTS
             )
 
-    def salt(self, arguments: Mapping[str, Any], salt: str | None) -> str | None:
-        """Return the cache salt of a request, its own extended by what it chose.
+    def admit(
+        self, request_id: str, arguments: Mapping[str, Any], salt: str | None
+    ) -> tuple[Mapping[str, Any], str | None]:
+        """Return a request's arguments and cache salt: its own, extended by what it chose or what the guard tries.
 
         Raises
         ------
         Exception
             As `validate` does, and if the request's own salt imitates one of Sluice's.
         """
-        if self._enabled and salt is not None and _SALT in salt:
+        trial = self._trial()
+        if (self._enabled or trial) and salt is not None and _SALT in salt:
             raise compat.bad_request(f"cache_salt {salt!r} contains {_SALT!r}, which Sluice adds itself", "cache_salt")
         chosen = self.validate(arguments)
+        if trial and not chosen:
+            group = group_of(request_id, trial["number"], trial["share"])
+            arguments = {**arguments, ARGUMENT: f"{trial['number']}:{group}"}
+            if group == "canary":
+                chosen = {trial["patch"]: bool(trial["enabled"])}
+                arguments[key(trial["patch"])] = int(trial["enabled"])
+        return arguments, self._salt(chosen, salt)
+
+    def _salt(self, chosen: Mapping[str, bool], salt: str | None) -> str | None:
         if not chosen:
             return salt
         suffix = _SALT + ",".join(f"{kind}={int(acts)}" for kind, acts in sorted(chosen.items()))

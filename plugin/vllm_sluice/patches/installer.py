@@ -11,7 +11,10 @@ from vllm_sluice.config import Config
 from vllm_sluice.patches.base import InstalledPatch, PatchError, PatchKind
 from vllm_sluice.patches.gate import GateKind
 
-_PER_REQUEST_REMEDY = "Change that, or set control.per_request: false; patches are then switched for all requests."
+_PER_REQUEST_REMEDY = (
+    "Change that, or set control.per_request and control.guard.enabled to false; patches are then switched for all "
+    "requests at once."
+)
 
 
 def patch_kinds(config: Config) -> list[PatchKind]:
@@ -51,8 +54,8 @@ class Installer:
                 [f"vLLM {version} is installed; Sluice patches models of vLLM {compat.TESTED_VLLM}"],
                 "Install that vLLM, or set allow_untested_vllm: true and check the outputs yourself.",
             )
-        if plans and self._config.control.per_request and (problem := _no_rows(load)):
-            raise PatchError(plans[0][0].name, [f"control.per_request is true, but {problem}"], _PER_REQUEST_REMEDY)
+        if plans and self._config.control.chooses_rows and (problem := _no_rows(load)):
+            raise PatchError(plans[0][0].name, [f"requests are to choose patches, but {problem}"], _PER_REQUEST_REMEDY)
         installed = [kind.install(plan) for kind, plan in plans]
         for patch in installed:
             compat.logger.info("sluice: patch %s installed: %s", patch.name, patch.report.detail)

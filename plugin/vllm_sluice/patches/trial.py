@@ -1,0 +1,72 @@
+"""What the two groups of a guarded trial generate: log-probabilities of their tokens, and non-finite logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_sluice.compat import Batch
+from vllm_sluice.control.guard import ARGUMENT, GROUPS
+
+_NO_GROUP = -1
+
+
+class TrialMeter:
+    """Accumulates on the device, for the trial that the latest labelled request belongs to."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._number = 0
+        self._sums = torch.zeros(len(GROUPS), 4, dtype=torch.float64, device=device)
+        self._groups: np.ndarray | None = None
+
+    def look(self, batch: Batch) -> None:
+        """Note the group of every request that generates a token in the coming pass."""
+        self._groups = None
+        labels = [arguments.get(ARGUMENT) for arguments in batch.arguments()]
+        if not any(labels):
+            return
+        generates = batch.computed + np.diff(batch.starts) >= batch.prompts
+        groups = np.full(len(labels), _NO_GROUP, dtype=np.int64)
+        for index, label in enumerate(labels):
+            if label is None or not generates[index]:
+                continue
+            number, _, group = str(label).partition(":")
+            if int(number) > self._number:
+                self._number = int(number)
+                self._sums.zero_()
+            if int(number) == self._number:
+                groups[index] = GROUPS.index(group)
+        self._groups = groups
+
+    def sample(self, logits: torch.Tensor | None, run: Callable[[], Any]) -> Any:
+        """Run the sampler and add what it chose; `logits`, [requests, vocabulary], are those of the model.
+
+        The result of `run` holds `sampled_token_ids`, [requests, 1]. Nothing waits for the device.
+        """
+        groups, self._groups = self._groups, None
+        if groups is None or logits is None or len(groups) != len(logits):
+            return run()
+        logprobs = torch.log_softmax(logits.float(), dim=-1)  # before the sampler, which may change them in place
+        bad = (torch.isnan(logits) | (logits == torch.inf)).any(dim=-1)
+        output = run()
+        tokens = output.sampled_token_ids[:, 0].long()
+        values = logprobs.gather(1, tokens.clamp_min(0).unsqueeze(1))[:, 0].double()
+        counted = ~bad & (tokens >= 0)
+        values = torch.where(counted, values, 0.0)
+        row = torch.stack([counted.double(), values, values * values, bad.double()], dim=1)
+        group = torch.from_numpy(groups).to(row.device, non_blocking=True)
+        for index in range(len(GROUPS)):
+            self._sums[index] += (row * (group == index).unsqueeze(1)).sum(dim=0)
+        return output
+
+    def measured(self) -> dict[str, Any]:
+        """Return the trial's number and, by group, tokens, sum and sum of squares of log-probabilities, bad rows."""
+        sums = self._sums.tolist()
+        groups = {
+            name: [int(tokens), total, squares, int(bad)]
+            for name, (tokens, total, squares, bad) in zip(GROUPS, sums, strict=True)
+        }
+        return {"number": self._number, "groups": groups}
