@@ -610,10 +610,11 @@ def test_watch_prints_at_once_and_ends_with_ctrl_c(api, url):
 
 # ---------------------------------------------------------------------------------------------- the real routes
 @pytest.fixture
-def real(tmp_path):
-    """Serve the plugin's own routes over engines in memory; yields address and engines."""
+def real(tmp_path, request):
+    """Serve the plugin's own routes over engines in memory; yields address and engines. The parameter: control keys."""
     engines = MemoryEngines()
-    controller = Controller(Journal(tmp_path), engines, config.load(environ={}), engines.applied)
+    chosen = config.Config.model_validate({"control": getattr(request, "param", {})})
+    controller = Controller(Journal(tmp_path), engines, config.Loaded(chosen, {}), engines.applied)
     collector = SnapshotCollector(tmp_path)
     app = FastAPI()
     settings = config.Live()
@@ -665,6 +666,29 @@ def test_the_real_routes_understand_every_command(sluice, real, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------- the rest
+@pytest.mark.parametrize("real", [{"guard": {"enabled": True, "share": 0.25}}], indirect=True)
+def test_a_guarded_switch_is_tried_and_shown(sluice, real):
+    address, engines = real
+    at = ("--url", address)
+    status, out, _ = sluice("disable", "gate", *at)
+    assert status == 0
+    assert "the guard tries it on a share of the requests first" in out
+    assert [rank.values["gate"]["enabled"] for rank in engines.ranks] == [True, True]
+    out = sluice("state", *at)[1]
+    assert "guard: tries patches.gate.enabled: false on 25% of the requests, for " in out
+    status, _, err = sluice("set", "patches.gate.floor=0.5", *at)
+    assert status == 3
+    assert "the guard is trying the patch gate" in err
+    assert "tried" in sluice("changes", *at)[1]
+
+
+@pytest.mark.parametrize("real", [{"guard": {"enabled": True}}], indirect=True)
+def test_a_switch_may_pass_the_guard_by(sluice, real):
+    address, engines = real
+    assert "generation 1 in force on 2 ranks" in sluice("disable", "gate", "--no-guard", "--url", address)[1]
+    assert [rank.values["gate"]["enabled"] for rank in engines.ranks] == [False, False]
+
+
 def test_the_arguments_are_read_without_what_only_a_request_needs():
     program = (
         "import sys; from vllm_sluice import cli\n"

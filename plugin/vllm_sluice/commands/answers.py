@@ -84,6 +84,26 @@ class File(Answer):
     restart_needed: tuple[Text, ...] | None = None
 
 
+class Group(Answer):
+    """What one group of a trial generated; `mean` is that of the log-probabilities of its tokens, nats."""
+
+    tokens: int
+    mean: float | None = None
+    nonfinite: int = 0
+
+
+class Trial(Answer):
+    """A switch that the guard tries on a `share` of the requests."""
+
+    patch: Text
+    enabled: bool
+    share: float
+    since: float
+    who: Text
+    measured: Mapping[Text, Group] | None = None
+    reason: Text | None = None
+
+
 class Control(Answer):
     """The run-time state of the whole server, or only the `error` that says why it is not known.
 
@@ -97,6 +117,7 @@ class Control(Answer):
     paused_seconds: float | None = None
     file: File | None = None
     writable: bool = True
+    guard: Trial | None = None
 
     @property
     def paused_by_others(self) -> bool:
@@ -124,13 +145,14 @@ Deltas = Mapping[Text, Delta]
 
 
 class Outcome(Answer):
-    """Answer of a change."""
+    """Answer of a change; `tried`: the guard tries it first."""
 
     generation: int
     changed: Deltas
     paused: bool = False
     seconds: float | None = None
     ranks: int | None = None
+    tried: bool = False
 
 
 class Preview(Answer):

@@ -32,7 +32,7 @@ def preview(client: Client, edits: Edits, if_generation: int | None) -> None:
     say([*deltas(answer.changed), line(f"would make generation {answer.generation + 1}; {pauses}")])
 
 
-def make(client: Client, edits: Edits, if_generation: int | None) -> None:
+def make(client: Client, edits: Edits, if_generation: int | None, *, guarded: bool = True) -> None:
     """Change values and print what was changed.
 
     There is one request for each patch and each probe. With several, all values are checked before the first request,
@@ -50,7 +50,8 @@ def make(client: Client, edits: Edits, if_generation: int | None) -> None:
     expected = if_generation
     for done, (kind, values) in enumerate(kinds.items()):
         try:
-            outcome = client.put(Outcome, kind.replace(".", "/"), values, expected)
+            path = kind.replace(".", "/") + ("" if guarded else "?guard=false")
+            outcome = client.put(Outcome, path, values, expected)
         except Problem:
             if done:
                 rest = list(kinds)
@@ -98,6 +99,9 @@ def _by_kind(edits: Edits) -> dict[str, dict[str, Any]]:
 def _report(outcome: Outcome) -> list[Line]:
     if not outcome.changed:
         return [line(f"nothing to change; generation {outcome.generation} stays")]
+    if outcome.tried:
+        text = "the guard tries it on a share of the requests first; `sluice state` shows how it goes"
+        return [*deltas(outcome.changed), [Piece(text, "cyan")]]
     ranks = "" if outcome.ranks is None else f" on {plural(outcome.ranks, 'rank')}"
     time = "" if outcome.seconds is None else f" after {duration(outcome.seconds)}"
     paused = ", requests paused meanwhile" if outcome.paused else ""

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from vllm_sluice.commands.answers import Change
 from vllm_sluice.commands.terminal import Line, Piece, Style, duration, line, moment, table
 
-RESULTS: Mapping[str, Style] = {"applied": "green", "rolled back": "yellow", "failed": "red"}
+RESULTS: Mapping[str, Style] = {"applied": "green", "rolled back": "yellow", "failed": "red", "tried": "cyan"}
 
 
 def report(changes: Sequence[Change]) -> list[Line]:

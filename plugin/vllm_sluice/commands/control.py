@@ -123,6 +123,7 @@ def _changing(
     parser.add_argument(
         "--if-generation", type=_generation, metavar="N", help="only if the server is at this generation"
     )
+    parser.add_argument("--no-guard", action="store_true", help="for all requests at once, even where a guard is set")
     parser.add_argument(
         "--timeout", type=_seconds, default=_CHANGE_TIMEOUT, metavar="S",
         help="wait so many seconds for each answer (default: %(default)g)",
@@ -217,7 +218,7 @@ def _change(args: argparse.Namespace, edits: dict[str, Any]) -> int:
     if args.dry_run:
         change.preview(_client(args), edits, args.if_generation)
     else:
-        change.make(_client(args), edits, args.if_generation)
+        change.make(_client(args), edits, args.if_generation, guarded=not args.no_guard)
     return 0
 
 

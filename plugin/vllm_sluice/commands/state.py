@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from vllm_sluice.commands.answers import Control, Engine, Patch, Rank, State, Value
+from vllm_sluice.commands.answers import Control, Engine, Patch, Rank, State, Trial, Value
 from vllm_sluice.commands.terminal import Line, Piece, Style, duration, line, moment, table
 
 _LONG_PAUSE = 10.0
@@ -19,6 +19,8 @@ def report(state: State, url: str) -> list[Line]:
         lines += [line(""), *_engine(engine, state.time)]
     if state.control is not None and state.control.values:
         lines += [line(""), *_values(state.control)]
+    if state.control is not None and state.control.guard is not None:
+        lines += [line(""), *_trial(state.control.guard, state.time)]
     found = warnings(state)
     if found:
         lines += [line(""), *(line(f"! {text}", "yellow") for text in found)]
@@ -104,6 +106,19 @@ def _patch(name: str, patch: Patch, now: float) -> tuple[Piece, ...]:
 def _values(control: Control) -> list[Line]:
     rows = [_value(key, value) for key, value in sorted(control.values.items())]
     return table([_head("run-time value", "in force", "from"), *rows])
+
+
+def _trial(trial: Trial, now: float) -> Iterator[Line]:
+    """Say what the guard tries and how the groups do."""
+    what = f"patches.{trial.patch}.enabled: {json.dumps(trial.enabled)}"
+    since = duration(max(0.0, now - trial.since))
+    tries = f": tries {what} on {trial.share:.0%} of the requests, for {since} ({trial.who})"
+    yield [Piece("guard", "bold"), Piece(tries)]
+    for name, group in sorted((trial.measured or {}).items()):
+        mean = "-" if group.mean is None else f"{group.mean:.3f}"
+        yield line(f"  {name}: {group.tokens} tokens, mean log-probability {mean} nats, {group.nonfinite} non-finite")
+    if trial.reason:
+        yield line(f"  {trial.reason}")
 
 
 def _value(key: str, value: Value) -> tuple[Piece, ...]:
