@@ -32,6 +32,16 @@ def vllm_version() -> str:
     return str(vllm.__version__)
 
 
+def run_command(arguments: list[str]) -> None:
+    """Run the `vllm` command in this process (entrypoints/cli/main.py)."""
+    import sys
+
+    sys.argv = ["vllm", *arguments]
+    from vllm.entrypoints.cli.main import main
+
+    main()
+
+
 def is_tested_version(version: str) -> bool:
     """Tell whether Sluice was tested with this vLLM version."""
     return version == TESTED_VLLM or version.startswith(TESTED_VLLM + ".")

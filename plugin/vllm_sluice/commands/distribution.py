@@ -118,6 +118,6 @@ def _read(name: str) -> VllmDistribution | None:
 
 def _version_of_sources() -> str:
     """Ask the package itself: sources on the path have no metadata."""
-    import vllm
+    from vllm_sluice import compat
 
-    return str(vllm.__version__)
+    return compat.vllm_version()

@@ -170,10 +170,9 @@ def _configure(path: str | None) -> config.Config:
 
 
 def _vllm_serve(arguments: Sequence[str]) -> int:
-    sys.argv = ["vllm", "serve", *arguments]
-    from vllm.entrypoints.cli.main import main
+    from vllm_sluice import compat
 
-    main()
+    compat.run_command(["serve", *arguments])
     return 0
 
 
