@@ -15,7 +15,8 @@ from vllm_sluice.lab.train import Recipe, read_run
 from vllm_sluice.lab.twin import TwinConfig
 
 SHAPE = shlex.split(
-    "--steps 4 --rows 2 --layers 2 --hidden-size 16 --heads 2 --context 16 --vocab-size 300 --held-out-bytes 3000"
+    "--steps 4 --rows 2 --layers 2 --hidden-size 16 --heads 2 --context 16 --vocab-size 300 --held-out-bytes 3000 "
+    "--short-share 0"
 )
 
 
@@ -47,9 +48,10 @@ def parser():
     return top
 
 
-def test_defaults_are_those_of_shape_and_recipe():
+def test_defaults_are_those_of_the_shipped_twins():
     args = parser().parse_args(["lab", "train", "--corpus", "c", "--out", "o"])
-    assert settings(args) == (TwinConfig(), Recipe())
+    config = TwinConfig(hidden_size=192, heads=3, intermediate_size=512, gate_bias_init=-2.0)
+    assert settings(args) == (config, Recipe(steps=13_000, rows=4, short_context=128, short_share=0.75))
     assert args.threads == 1
 
 

@@ -74,26 +74,26 @@ def _add_train(commands: Subparsers) -> None:
     parser.add_argument("--corpus", type=Path, required=True, metavar="PATH", help="UTF-8 text, plain or .xz")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder of this run")
     parser.add_argument("--gate", choices=("none", "head", "element"), default="none", help=default)
-    parser.add_argument("--steps", type=_positive, default=12_000, metavar="N", help=default)
-    parser.add_argument("--rows", type=_positive, default=3, metavar="N", help=f"rows a step ({default})")
+    parser.add_argument("--steps", type=_positive, default=13_000, metavar="N", help=default)
+    parser.add_argument("--rows", type=_positive, default=4, metavar="N", help=f"rows a step ({default})")
     parser.add_argument("--layers", type=_positive, default=6, metavar="N", help=default)
-    parser.add_argument("--hidden-size", type=_positive, default=256, metavar="N", help=default)
+    parser.add_argument("--hidden-size", type=_positive, default=192, metavar="N", help=default)
     parser.add_argument("--intermediate-size", type=_positive, metavar="N", help="default: 8/3 of the hidden size")
-    parser.add_argument("--heads", type=_positive, default=4, metavar="N", help=default)
+    parser.add_argument("--heads", type=_positive, default=3, metavar="N", help=default)
     parser.add_argument("--context", type=_positive, default=512, metavar="N", help=f"tokens a row ({default})")
     parser.add_argument("--vocab-size", type=_positive, default=4096, metavar="N", help=default)
     parser.add_argument("--learning-rate", type=float, default=2e-3, metavar="N", help=default)
     parser.add_argument("--weight-decay", type=float, default=0.5, metavar="N", help=default)
     parser.add_argument("--seed", type=int, default=0, metavar="N", help=default)
     parser.add_argument(
-        "--short-context", type=_positive, default=256, metavar="N", help=f"see --short-share ({default})"
+        "--short-context", type=_positive, default=128, metavar="N", help=f"see --short-share ({default})"
     )
     parser.add_argument(
-        "--short-share", type=float, default=0.0, metavar="SHARE",
+        "--short-share", type=float, default=0.75, metavar="SHARE",
         help=f"share of the steps, spread evenly, with more but shorter rows, of --short-context tokens ({default})",
     )  # fmt: skip
     parser.add_argument(
-        "--gate-bias", type=float, default=-1.0, metavar="LOGIT", help=f"bias that every gate starts from ({default})"
+        "--gate-bias", type=float, default=-2.0, metavar="LOGIT", help=f"bias that every gate starts from ({default})"
     )
     parser.add_argument(
         "--compile", dest="compiled", action="store_true", help="compile the training step (torch.compile)"
