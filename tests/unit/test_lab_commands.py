@@ -50,7 +50,7 @@ def parser():
 
 def test_defaults_are_those_of_the_shipped_twins():
     args = parser().parse_args(["lab", "train", "--corpus", "c", "--out", "o"])
-    config = TwinConfig(hidden_size=192, heads=3, intermediate_size=512, gate_bias_init=-2.0)
+    config = TwinConfig(hidden_size=192, heads=3, intermediate_size=512)
     assert settings(args) == (config, Recipe(steps=13_000, rows=4, short_context=128, short_share=0.75))
     assert args.threads == 1
 

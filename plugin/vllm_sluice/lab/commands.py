@@ -93,7 +93,7 @@ def _add_train(commands: Subparsers) -> None:
         help=f"share of the steps, spread evenly, with more but shorter rows, of --short-context tokens ({default})",
     )  # fmt: skip
     parser.add_argument(
-        "--gate-bias", type=float, default=-2.0, metavar="LOGIT", help=f"bias that every gate starts from ({default})"
+        "--gate-bias", type=float, default=-1.0, metavar="LOGIT", help=f"bias that every gate starts from ({default})"
     )
     parser.add_argument(
         "--compile", dest="compiled", action="store_true", help="compile the training step (torch.compile)"
