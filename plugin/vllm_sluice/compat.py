@@ -663,15 +663,16 @@ def _packed_order(isa: str, dtype: torch.dtype, size: int, dim: int) -> torch.Te
 
 
 # ------------------------------------------------------------------------------------------------ requests
-Admit = Callable[[str, Mapping[str, Any], str | None], tuple[Mapping[str, Any], str | None]]
+Admit = Callable[[str, Mapping[str, Any], str | None, bool], tuple[Mapping[str, Any], str | None]]
 _CHECK = "_sluice_check"
 
 
 def on_request(make_check: Callable[[], Admit]) -> None:
     """Let a check see every request before it reaches the engine: refuse it, or change its arguments and cache salt.
 
-    Each front end (an API server, or an `LLM`) makes one check, called as `check(request_id, extra_args, cache_salt)`
-    and returning arguments and salt to use; see `bad_request` for refusing. Wraps InputProcessor
+    Each front end (an API server, or an `LLM`) makes one check, called as
+    `check(request_id, extra_args, cache_salt, streams)` and returning arguments and salt to use; `streams` holds for
+    all but the last part of an input that comes in parts. See `bad_request` for refusing. Wraps InputProcessor
     (v1/engine/input_processor.py), which all APIs go through; cached keys and values are shared by equal prompts of
     equal salt only.
     """
@@ -688,7 +689,10 @@ def on_request(make_check: Callable[[], Admit]) -> None:
         def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
             request = original(self, *args, **kwargs)
             before = _arguments(request)
-            arguments, request.cache_salt = getattr(self, _CHECK)(request.request_id, before, request.cache_salt)
+            streams = bool(getattr(request, "resumable", False))
+            arguments, request.cache_salt = getattr(self, _CHECK)(
+                request.request_id, before, request.cache_salt, streams
+            )
             if arguments != before:
                 request.sampling_params.extra_args = dict(arguments)
             return request
@@ -788,6 +792,11 @@ class EngineClients:
         """Append the generation to the weight version, which others (trainers) may use too."""
         version = (await self._client.get_weight_version()).partition(";sluice=")[0]
         await self._client.update_weight_version(f"{version};sluice={generation}")
+
+    @property
+    def speculates(self) -> bool:
+        """Tell whether vLLM decodes with speculative tokens."""
+        return self._client.vllm_config.speculative_config is not None
 
     @property
     def index(self) -> int:

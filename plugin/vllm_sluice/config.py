@@ -177,13 +177,13 @@ class Guard(_Strict):
     """Share of the requests that run under the new state."""
     window_seconds: Annotated[float, Field(ge=1, le=86_400)] = 60.0
     """How long the groups are compared."""
-    least_tokens: Annotated[int, Field(ge=2)] = 500
+    least_tokens: Annotated[int, Field(ge=2)] = 2000
     """Generated tokens that each group needs for a verdict."""
-    patience_seconds: Annotated[float, Field(ge=1)] = 900.0
-    """Without that many tokens by then, the change is rolled back."""
+    patience_seconds: Annotated[float, Field(ge=1)] = 1800.0
+    """Without a verdict by then, the change is rolled back."""
     most_change: Annotated[float, Field(ge=0)] = 0.1
-    """Largest change of the mean log-probability of generated tokens, nats; either way, because a model that is broken
-    may well be surer of what it says."""
+    """Largest change of the mean log-probability of generated tokens, nats, twice its error included; either way,
+    because a model that is broken may well be surer of what it says."""
 
 
 class Control(_Strict):

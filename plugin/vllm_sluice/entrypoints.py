@@ -82,7 +82,8 @@ def _request_check() -> RequestCheck:
     folder = rundir.announce(settings.telemetry)
     installed = InstalledPatches(SnapshotCollector(folder))
     kinds = [kind.name for kind in patch_kinds(settings)]
-    trial = Journal(folder).trial if settings.control.guard.enabled else lambda: None
+    guarded = settings.control.enabled and settings.control.guard.enabled
+    trial = Journal(folder).trial if guarded else None
     return RequestCheck(settings.control.per_request, kinds, installed, trial)
 
 

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.serving
 
 ON, OFF = {"sluice.gate": True}, {"sluice.gate": False}
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
-GUARD = {"enabled": True, "share": 0.3, "window_seconds": 5, "least_tokens": 150, "most_change": 0.1}
+GUARD = {"enabled": True, "share": 0.3, "window_seconds": 5, "least_tokens": 400, "most_change": 0.3}
 ROUNDING = 1e-5
 """As in tests/engine/test_per_request.py: batches of different size sum in another order."""
 
@@ -180,6 +180,6 @@ def test_the_guard_completes_a_harmless_switch_and_rolls_a_harmful_one_back(serv
     assert (status, answer["tried"]) == (200, False)
     change = guarded(server, {"enabled": False})
     assert (change["source"], change["result"]) == ("guard", "rolled back"), change
-    assert "a change of 0.1 is allowed" in change["error"]
+    assert "a change of 0.3 is allowed" in change["error"]
     assert server.settled(("patch_enabled", "gate"), 1.0)["patch_enabled", "gate"] == 1
     assert server.metrics()["switches_total", "rolled_back"] == 1

@@ -48,6 +48,10 @@ class MemoryEngines:
     def __init__(self) -> None:
         self.ranks = [MemoryRank("pp0-tp0"), MemoryRank("pp0-tp1")]
         self.paused = False
+        self.stuck = 0
+        self.refuses_pause = False
+        self.silent: set[str] = set()
+        self.speculates = False
         self.slow = 0.0
         self.unreachable = False
         self.log: list[str] = []
@@ -56,10 +60,15 @@ class MemoryEngines:
         return self.paused
 
     async def pause(self) -> None:
+        if self.refuses_pause:
+            raise RuntimeError("a KV connector refuses, say")
         self.log.append("pause")
         self.paused = True
 
     async def resume(self) -> None:
+        if self.stuck:
+            self.stuck -= 1
+            raise RuntimeError("no answer, say")
         self.log.append("resume")
         self.paused = False
 
@@ -69,10 +78,10 @@ class MemoryEngines:
         await asyncio.sleep(self.slow)
         if self.unreachable:
             raise RuntimeError("engine core died, say")
-        return [rank.answer(operation, state) for rank in self.ranks]
+        return [rank.answer(operation, state) for rank in self.ranks if rank.name not in self.silent]
 
     async def label(self, generation: int) -> None:
         self.log.append(f"label {generation}")
 
     def applied(self) -> dict[str, int]:
-        return {rank.name: rank.generation for rank in self.ranks}
+        return {f"dp0-{rank.name}": rank.generation for rank in self.ranks}

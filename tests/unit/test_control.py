@@ -14,12 +14,13 @@ import pytest
 from tests.unit.control import MemoryEngines
 from vllm_sluice import config
 from vllm_sluice.config import ConfigError
+from vllm_sluice.control import switch
 from vllm_sluice.control.controller import Controller, Moved, NotReady, TimedOut
 from vllm_sluice.control.journal import Busy, Journal
 from vllm_sluice.control.limit import RateLimit
 from vllm_sluice.control.measured import server_values
 from vllm_sluice.control.state import Refused
-from vllm_sluice.control.switch import AlreadyPaused, SwitchFailed
+from vllm_sluice.control.switch import AlreadyPaused, StillPaused, SwitchFailed
 from vllm_sluice.control.tokens import read_tokens
 
 OFF = {"patches.gate.enabled": False}
@@ -83,7 +84,7 @@ def test_a_rank_that_refuses_rolls_all_back(make, engines):
     with pytest.raises(SwitchFailed, match=r"pp0-tp1 of engine 0 refused: .*out of memory.*have the old state again"):
         asyncio.run(controller.change(OFF, who="ann"))
     assert gate(engines) == [True, True]
-    assert engines.applied() == {"pp0-tp0": 0, "pp0-tp1": 0}
+    assert set(engines.applied().values()) == {0}
     assert engines.log == ["pause", "apply 1", "apply 0", "resume"]
     change = controller.journal.changes(5)[-1]
     assert (change["result"], change["who"], change["generation"]) == ("rolled back", "ann", 1)
@@ -106,6 +107,49 @@ def test_ranks_that_cannot_be_reached_leave_the_engine_running(make, engines):
     with pytest.raises(SwitchFailed, match="engine core died"):
         asyncio.run(controller.change(OFF, who="ann"))
     assert not engines.paused
+
+
+def test_a_rank_that_does_not_answer_rolls_all_back(make, engines):
+    controller = make()
+    asyncio.run(controller.installed())
+    engines.silent = {"pp0-tp1"}
+    with pytest.raises(SwitchFailed, match=r"dp0-pp0-tp1 did not apply generation 1"):
+        asyncio.run(controller.change(OFF, who="ann"))
+    assert gate(engines) == [True, True]
+    assert not engines.paused
+
+
+def test_an_engine_that_cannot_be_paused_is_left_as_it_was(make, engines):
+    controller = make()
+    engines.refuses_pause = True
+    with pytest.raises(SwitchFailed, match=r"could not be paused, and nothing was changed: .*KV connector"):
+        asyncio.run(controller.change(OFF, who="ann"))
+    assert gate(engines) == [True, True]
+    assert controller.journal.changes(1)[0]["result"] == "rolled back"
+
+
+def test_resuming_is_tried_until_it_succeeds(make, engines, monkeypatch):
+    monkeypatch.setattr(switch, "_RESUME_AFTER", (0.0, 0.0, 0.0))
+    engines.stuck = 2
+    asyncio.run(make().change(OFF, who="ann"))
+    assert not engines.paused
+
+
+def test_an_engine_that_did_not_resume_is_resumed_later(make, engines, monkeypatch):
+    monkeypatch.setattr(switch, "_RESUME_AFTER", (0.0, 0.0, 0.0))
+    controller = make(watch_seconds=0.1)
+
+    async def scenario() -> None:
+        engines.stuck = 3
+        with pytest.raises(StillPaused):
+            await controller.change(OFF, who="ann")
+        assert engines.paused
+        await until(lambda: not engines.paused)
+        assert gate(engines) == [True, True]
+        assert controller.journal.read().generation == 0
+        assert controller.journal.read().switching is None
+
+    following(controller, scenario)
 
 
 def test_a_pause_of_somebody_else_is_left_alone(make, engines):
@@ -319,6 +363,25 @@ def test_an_unusable_state_file_does_not_stop_anything(make, engines, tmp_path, 
         assert gate(engines) == [False, False]
 
     following(controller, scenario)
+    assert (tmp_path / "kept.json.unreadable").read_text() == "{"
+    assert json.loads(kept.read_text()) == OFF
+
+
+def test_a_state_file_is_kept_while_the_engine_is_paused_and_keys_that_do_not_fit_are_left_out(make, engines, tmp_path):
+    kept = tmp_path / "kept.json"
+    kept.write_text(json.dumps({**OFF, "patches.gate.floor": 7, "patches.gate.gone": 1}))
+    controller = make(state_file=kept, watch_seconds=0.1)
+    engines.paused = True
+
+    async def scenario() -> None:
+        await asyncio.sleep(0.4)
+        assert gate(engines) == [True, True]
+        engines.paused = False
+        await controller.change({"probes.residual.enabled": False}, who="ann")  # brings what is pending, too
+        assert gate(engines) == [False, False]
+        assert json.loads(kept.read_text()) == {**OFF, "probes.residual.enabled": False}
+
+    following(controller, scenario)
 
 
 # ------------------------------------------------------------------------------------------------ what is left behind
@@ -349,6 +412,67 @@ def test_ranks_that_started_again_get_the_state_again(make, engines):
         assert not engines.paused
 
     following(controller, scenario)
+
+
+def test_late_ranks_do_not_resume_a_pause_of_somebody_else(make, engines):
+    controller = make(watch_seconds=0.1)
+
+    async def scenario() -> None:
+        await controller.change(OFF, who="ann")
+        engines.paused = True
+        engines.ranks[1].generation = 0
+        await asyncio.sleep(0.6)
+        assert engines.paused
+
+    following(controller, scenario)
+
+
+def test_a_rank_that_stays_behind_is_not_tried_all_the_time(make, engines):
+    controller = make(watch_seconds=0.1)
+
+    async def scenario() -> None:
+        await controller.change(OFF, who="ann")
+        engines.ranks[1].generation = 0
+        engines.ranks[1].refuses = {1}
+        engines.log.clear()
+        await asyncio.sleep(1.0)
+
+    following(controller, scenario)
+    assert engines.log.count("pause") == 1
+    assert controller.journal.changes(1)[0]["result"] == "failed"
+
+
+def test_ranks_that_do_not_report_are_told_once_and_the_file_is_followed(make, engines, tmp_path, caplog):
+    def missing() -> dict[str, int]:
+        raise NotReady("0 of 2 ranks report")
+
+    make("patches: {gate: {enabled: true}}\n", watch_seconds=0.1)
+    controller = Controller(Journal(tmp_path / "run"), engines, config.load(), missing)
+
+    async def scenario() -> None:
+        await until(lambda: controller.journal.read().file is not None)
+        await asyncio.sleep(0.5)
+
+    with caplog.at_level("ERROR", "vllm.sluice.control"):
+        following(controller, scenario)
+    assert len([record for record in caplog.records if "0 of 2 ranks report" in record.message]) <= 2
+
+
+def test_a_broken_file_does_not_bring_back_what_another_api_server_read_long_ago(make, engines, tmp_path):
+    first = make("patches: {gate: {floor: 0.0}}\n", watch_seconds=0.1)
+    second = make()
+    file = tmp_path / "sluice.yaml"
+
+    async def scenario() -> None:
+        file.write_text("patches: {gate: {floor: 0.5}}\n")
+        await until(lambda: engines.ranks[0].values["gate"]["floor"] == 0.5)
+        file.write_text("patches: [")
+        await until(lambda: first.journal.read().file["good"] is False)
+        done = await second.change({"probes.residual.enabled": False}, who="ann")
+        assert set(done.changed) == {"probes.residual.enabled"}
+        assert engines.ranks[0].values["gate"]["floor"] == 0.5
+
+    following(first, scenario)
 
 
 def test_a_pause_of_somebody_else_shows_on_a_metric(make, engines):

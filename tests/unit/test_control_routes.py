@@ -130,13 +130,15 @@ def test_other_machines_need_an_explicit_setting(make):
     assert "10.1.2.3" in answer.json()["error"]
     assert "control.allow_remote" in answer.json()["error"]
     assert put(make(client=("10.1.2.3", 1234), allow_remote=True)).status_code == 200
-    assert put(make(client=("::1", 1234)), body={"enabled": True}).status_code == 200
+    for address in ("::1", "127.0.0.2", "::ffff:127.0.0.1"):
+        assert put(make(client=(address, 1234)), body={"enabled": True}).status_code == 200
 
 
 def test_attempts_are_limited_wrong_ones_too(make):
     client = make(per_minute=3)
     statuses = [put(client, Authorization="Bearer wrong").status_code for _ in range(4)]
     assert statuses == [401, 401, 401, 429]
+    assert [put(client).status_code for _ in range(3)] == [200, 200, 200]  # wrong tokens do not lock the right one out
     answer = put(client)
     assert answer.status_code == 429
     assert 1 <= int(answer.headers["retry-after"]) <= 20
@@ -192,6 +194,9 @@ def test_errors_of_the_switch_have_their_status(make, engines):
     client = make()
     engines.ranks[0].refuses = {1}
     assert put(client).status_code == 502
+    engines.refuses_pause = True
+    assert put(client).status_code == 502
+    assert "could not be paused" in put(client).json()["error"]
     engines.paused = True
     assert put(client).status_code == 409
     assert "paused by someone else" in put(client).json()["error"]

@@ -18,6 +18,7 @@ from vllm_sluice.control.controller import Controller, TrialUnderWay
 from vllm_sluice.control.guard import Measured, combine, group_of, judge
 from vllm_sluice.control.journal import Journal
 from vllm_sluice.control.measured import server_values
+from vllm_sluice.control.state import Refused
 
 SETTINGS = Guard(enabled=True, window_seconds=10, least_tokens=100, patience_seconds=60, most_change=0.1)
 
@@ -45,15 +46,18 @@ def test_mean_and_error():
     ("canary", "rest", "seconds", "action", "reason"),
     [
         (group(99, -2.0), group(900, -2.0), 20, "wait", "99 of 100 tokens"),
-        (group(99, -2.0), group(900, -2.0), 61, "roll back", "only 99 tokens in one group after 61 s"),
+        (group(99, -2.0), group(900, -2.0), 61, "roll back", "99 of 100 tokens in the smaller group after 61 s"),
         (group(500, -2.05), group(900, -2.0), 5, "wait", "(-0.050, error"),
-        (group(500, -2.05), group(900, -2.0), 10, "complete", "(-0.050, error"),
+        (group(500, -2.05), group(900, -2.0), 10, "wait", "no verdict"),
+        (group(500, -2.05), group(900, -2.0), 61, "roll back", "no verdict after 61 s"),
+        (group(500, -2.05, 0.2), group(900, -2.0, 0.2), 10, "complete", "(-0.050, error"),
+        (Measured(500, math.nan, math.nan), group(900, -2.0), 10, "roll back", "(+nan"),
         (group(500, -1.5), group(900, -2.0), 10, "roll back", "(+0.500, error"),
-        (group(500, -2.2), group(900, -2.0), 10, "roll back", "a change of 0.1 is allowed"),
+        (group(500, -2.3), group(900, -2.0), 10, "roll back", "a change of 0.1 is allowed"),
         (group(500, -2.15), group(900, -2.0), 5, "wait", "(-0.150, error"),
         (group(500, -4.0), group(900, -2.0), 1, "roll back", "(-2.000, error"),
         (group(0, 0.0, nonfinite=3), group(50, -2.0), 1, "roll back", "non-finite logits: 100.00% of the canary's"),
-        (group(500, -2.0, nonfinite=5), group(900, -2.0, nonfinite=90), 10, "complete", "(+0.000, error"),
+        (group(500, -2.0, 0.2, nonfinite=5), group(900, -2.0, 0.2, nonfinite=90), 10, "complete", "(+0.000, error"),
     ],
 )
 def test_verdicts(canary, rest, seconds, action, reason):
@@ -82,7 +86,7 @@ class Guarded(MemoryEngines):
         if operation != "guard":
             return await super().call(operation, state)
         number = self.controller.journal.read().guard["number"]
-        measured = {"canary": group(200, self.canary), "rest": group(800, -2.0)}
+        measured = {"canary": group(200, self.canary, 0.2), "rest": group(800, -2.0, 0.2)}
         groups = {name: [m.tokens, m.total, m.squares, m.nonfinite] for name, m in measured.items()}
         return [{"engine": "0", "number": number, "groups": groups}]
 
@@ -159,6 +163,40 @@ def test_a_trial_shows_what_it_measures_and_can_be_ended(engines):
     following(controller, scenario)
     assert gate(engines) == [True, True]
     assert controller.journal.changes(1)[0]["error"] == "ended by bob"
+
+
+def test_a_trial_keeps_what_was_asked(engines):
+    """Dropping the admin's value is not the same as setting the value that then counts."""
+    controller = engines.controller
+    asyncio.run(controller.change(OFF, who="ann", guarded=False))
+
+    async def scenario() -> None:
+        assert (await controller.change({"patches.gate.enabled": None}, who="ann")).tried
+        await until(lambda: gate(engines) == [True, True])
+        await until(lambda: controller.journal.read().guard is None)
+
+    following(controller, scenario)
+    assert controller.journal.read().admin == {}
+
+
+def test_a_verdict_waits_for_an_engine_that_somebody_paused(engines):
+    controller = engines.controller
+
+    async def scenario() -> None:
+        await controller.change(OFF, who="ann")
+        engines.paused = True
+        await asyncio.sleep(1.5)
+        assert controller.journal.read().guard is not None
+        engines.paused = False
+        await until(lambda: gate(engines) == [False, False])
+
+    following(controller, scenario)
+
+
+def test_what_cannot_be_measured_is_not_tried(engines):
+    engines.speculates = True
+    with pytest.raises(Refused, match="speculated tokens"):
+        asyncio.run(engines.controller.change(OFF, who="ann"))
 
 
 def test_the_guard_can_be_passed_by_and_leaves_other_changes_alone(engines):

@@ -56,8 +56,21 @@ def test_the_guard_puts_requests_that_choose_nothing_into_groups():
     }
     chooses = RequestCheck(True, ["gate"], lambda: {"gate"}, lambda: trial)
     assert chooses.admit("r1", {"sluice.gate": 1}, None) == ({"sluice.gate": 1}, "sluice:gate=1")
+    with pytest.raises(Exception, match="which Sluice adds itself"):  # before a trial too
+        RequestCheck(False, ["gate"], lambda: {"gate"}, lambda: None).admit("r1", {}, "sluice:gate=0")
     with pytest.raises(Exception, match=r"sluice\.guard: unknown key"):
         chooses.admit("r1", {"sluice.guard": "7:canary"}, None)
+
+
+def test_inputs_that_come_in_parts_choose_nothing():
+    """All parts keep the first part's salt, so no part may run under another state."""
+    trial = {"number": 7, "patch": "gate", "enabled": False, "share": 1.0}
+    guarded = RequestCheck(True, ["gate"], lambda: {"gate"}, lambda: trial)
+    for streams in (True, True, False):
+        assert guarded.admit("r1", {}, None, streams) == ({}, None)
+    assert guarded.admit("r1", {}, None)[1] == "sluice:gate=0"
+    with pytest.raises(Exception, match="a streamed input cannot choose"):
+        guarded.admit("r2", {"sluice.gate": 1}, None, True)
 
 
 @pytest.mark.parametrize("value", ["true", 2, -1, 0.0, 1.0, [0], None])

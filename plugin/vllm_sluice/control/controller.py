@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,16 @@ from typing import Any
 from vllm_sluice import config
 from vllm_sluice.config import Loaded
 from vllm_sluice.control import guard, state
-from vllm_sluice.control.journal import Change, Journal, Record, write_whole
+from vllm_sluice.control.journal import Busy, Change, Journal, Record, write_whole
 from vllm_sluice.control.state import Installed, Refused, Values
-from vllm_sluice.control.switch import AlreadyPaused, Engines, SwitchFailed, switch
+from vllm_sluice.control.switch import AlreadyPaused, Engines, StillPaused, SwitchFailed, switch
 from vllm_sluice.telemetry import rundir
 
 logger = logging.getLogger("vllm.sluice.control")
+
+_AFTER_FAILURE = 30.0
+"""Seconds before something that failed is tried again."""
+_LOOK_FOR_PAUSE = 2.0
 
 
 class Moved(RuntimeError):
@@ -95,6 +99,9 @@ class Controller:
         self._installed: Installed | None = None
         self._running: set[asyncio.Task[Outcome]] = set()
         self._lagging = 0
+        self._source = "file"
+        self._not_before = {"converge": 0.0, "recover": 0.0, "pause": 0.0}
+        self._told: dict[str, str] = {}
 
     # ------------------------------------------------------------------------------------------------ reading
     async def installed(self) -> Installed:
@@ -115,6 +122,10 @@ class Controller:
         except config.ConfigError as error:
             self._file_state = FileState(self._file, good=False, error=str(error))
             logger.error("sluice: %s cannot be used, so the last good state stays: %s", self._file, error)
+            kept = self.journal.read().layers  # another API server may have read the file more lately
+            if kept is not None:
+                settings = config.Config.model_validate_json(json.dumps(kept["config"]))
+                self._layers = Loaded(settings, kept["origins"])
             return self._layers
         needed = state.restart_needed(self._started.config, loaded.config)
         if needed:
@@ -211,7 +222,7 @@ class Controller:
             before, after, admin = await self._target(record, edits)
             changed = state.difference(before, after)
             if guarded and source == "admin" and self._settings.guard.enabled and (patch := _switched(changed)):
-                return self._try(record, patch, changed, who)
+                return self._try(record, patch, edits, changed, who)
             if not changed:
                 self._keep(record, admin)
                 return Outcome(record.generation, {})
@@ -224,16 +235,14 @@ class Controller:
         pause = state.touches_output(changed)
         generation = record.generation + 1
         began, clock = time.time(), time.monotonic()
-        expected = len(self._applied())
-        self.journal.update(switching={"pid": os.getpid(), "since": began, "paused": pause})
+        ranks = self._applied().keys()
+        switching = {"pid": os.getpid(), "since": began, "paused": pause}
+        self.journal.update(switching=switching)
         error: Exception | None = None
-        ranks = 0
         try:
-            ranks = await switch(
-                self._engines, state.payload(after, generation), state.payload(before, record.generation), pause=pause
-            )
-            if ranks != expected:
-                logger.warning("sluice: %d ranks applied a change, %d were expected", ranks, expected)
+            new = state.payload(state.of_kinds(after, changed), generation)
+            old = state.payload(state.of_kinds(before, changed), record.generation)
+            await switch(self._engines, new, old, pause=pause, ranks=ranks)
         except Exception as caught:
             error = caught
         seconds = time.monotonic() - clock
@@ -241,7 +250,8 @@ class Controller:
             self.journal.update(generation=generation, values=after, switching=None)
             self._keep(record, admin)
         else:
-            self.journal.update(switching=None)
+            stuck = isinstance(error, StillPaused)
+            self.journal.update(switching={**switching, "abandoned": True} if stuck else None)
         rolled_back = isinstance(error, AlreadyPaused) or (isinstance(error, SwitchFailed) and error.rolled_back)
         result: Any = "applied" if error is None else "rolled back" if rolled_back else "failed"
         text = None if error is None else str(error)
@@ -251,16 +261,20 @@ class Controller:
             logger.error("sluice: %s by %s (%s): %s: %s", result, who, source, what, error)
             raise error
         logger.info("sluice: generation %d by %s (%s) in %.0f ms: %s", generation, who, source, 1e3 * seconds, what)
-        return Outcome(generation, changed, pause, round(seconds, 4), ranks)
+        return Outcome(generation, changed, pause, round(seconds, 4), len(ranks))
 
     # ------------------------------------------------------------------------------------------------ the guard
-    def _try(self, record: Record, patch: str, changed: dict[str, dict[str, Any]], who: str) -> Outcome:
+    def _try(
+        self, record: Record, patch: str, edits: Mapping[str, Any], changed: dict[str, dict[str, Any]], who: str
+    ) -> Outcome:
         """Begin a trial; for the holder of the lock."""
+        if self._engines.speculates:
+            raise Refused("the guard cannot measure speculated tokens; pass it by with ?guard=false")
         now = time.time()
         settings = self._settings.guard
         trial = {
             "number": int(1000 * now), "patch": patch, "enabled": changed[f"patches.{patch}.enabled"]["to"],
-            "share": settings.share, "since": now, "who": who, "measured": None, "reason": None,
+            "edits": dict(edits), "share": settings.share, "since": now, "who": who, "measured": None, "reason": None,
         }  # fmt: skip
         self.journal.update(guard=trial)
         self.journal.add(Change(record.generation, now, who, "admin", changed, "tried", None, 0.0))
@@ -280,10 +294,13 @@ class Controller:
     async def _guard(self) -> None:
         """Look at a trial under way: measure, compare, and complete or roll back when it is time."""
         trial = self.journal.read().guard
-        if trial is None:
+        if trial is None or await self._engines.is_paused():
             return
-        measured = guard.combine(await self._engines.call("guard"), trial["number"])
+        replies = await self._engines.call("guard")
+        measured = guard.combine(replies, trial["number"])
         verdict = guard.judge(measured, time.time() - trial["since"], self._settings.guard)
+        if broken := next((reply["broken"] for reply in replies if reply.get("broken")), None):
+            verdict = guard.Verdict("roll back", f"it could not be measured: {broken}")
         async with self.journal.locked(self._settings.timeout_seconds):
             current = self.journal.read().guard
             if current is None or current["number"] != trial["number"]:
@@ -299,18 +316,29 @@ class Controller:
             if record.guard is None:
                 raise LookupError("the guard is trying nothing")
             trial = record.guard
-            self.journal.update(guard=None)
             key = f"patches.{trial['patch']}.enabled"
+            if action == "complete":
+                before, after, admin = await self._target(record, trial["edits"])
+                changed = state.difference(before, after)
+                try:
+                    done = await self._switch(record, before, after, admin, changed, who, "guard")
+                except (AlreadyPaused, NotReady) as error:
+                    logger.error("sluice: the guard would complete %s; trying again: %s", key, error)
+                    return Outcome(record.generation, {})
+                except SwitchFailed:
+                    self.journal.update(guard=None)  # the audit has it
+                    raise
+                logger.info("sluice: the guard completed %s: %s", key, reason)
+                self.journal.update(guard=None)
+                return done
+            self.journal.update(guard=None)
             changed = {key: {"from": not trial["enabled"], "to": trial["enabled"]}}
-            if action == "roll back":
-                seconds = round(time.time() - trial["since"], 3)
-                self.journal.add(
-                    Change(record.generation, trial["since"], who, "guard", changed, "rolled back", reason, seconds)
-                )
-                logger.error("sluice: the guard rolled %s back: %s", key, reason)
-                return Outcome(record.generation, {})
-        logger.info("sluice: the guard completes %s: %s", key, reason)
-        return await self.change({key: trial["enabled"]}, who=who, source="guard")
+            seconds = round(time.time() - trial["since"], 3)
+            self.journal.add(
+                Change(record.generation, trial["since"], who, "guard", changed, "rolled back", reason, seconds)
+            )
+            logger.error("sluice: the guard rolled %s back: %s", key, reason)
+            return Outcome(record.generation, {})
 
     async def _target(self, record: Record, edits: Mapping[str, Any]) -> tuple[Values, Values, Values]:
         installed = await self.installed()
@@ -343,76 +371,119 @@ class Controller:
     # ------------------------------------------------------------------------------------------------ watching
     async def follow(self) -> None:
         """Bring the ranks to what file and state file say, again and again; for one API server of a server."""
-        await self._restore()
-        looked_for_pause = failed_at = 0.0
+        await self._guarded("the state file", self._restore)
         while True:
             await asyncio.sleep(self._settings.watch_seconds)
-            try:
-                self.layers()
-                await self._recover()
-                await self._note_file()
-                await self._guard()
-                quiet = self.journal.read().guard is None and time.monotonic() - failed_at > 30
-                if quiet and (await self.preview({})).changed:
-                    try:
-                        await self.change({}, who=self._file or "start", source="file")
-                    except (Refused, AlreadyPaused, SwitchFailed, TimedOut, NotReady) as error:
-                        failed_at = time.monotonic()
-                        logger.error("sluice: the file's settings were not applied; trying again in 30 s: %s", error)
-                if time.monotonic() - looked_for_pause > 2:
-                    looked_for_pause = time.monotonic()
-                    await self._note_pause()
-            except asyncio.CancelledError:
-                raise
-            except Exception:
-                logger.exception("sluice: error in following the configuration; it goes on")
+            for what, step in (
+                ("the configuration file", self._note_file),
+                ("late ranks", self._recover),
+                ("the guard", self._guard),
+                ("the settings", self._converge),
+                ("the pause", self._note_pause),
+            ):
+                await self._guarded(what, step)
+
+    async def _guarded(self, what: str, step: Callable[[], Awaitable[None]]) -> None:
+        """Take one step; a problem is logged when it is a new one, and no other step suffers from it."""
+        try:
+            await step()
+            self._told.pop(what, None)
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"
+            if self._told.get(what) != text:
+                self._told[what] = text
+                known = isinstance(error, (Refused, AlreadyPaused, SwitchFailed, StillPaused, TimedOut, NotReady, Busy))
+                logger.error("sluice: %s: %s; it will be tried again", what, text, exc_info=None if known else error)
+
+    async def _converge(self) -> None:
+        """Bring the ranks to what the settings say, unless a trial is under way or it failed a moment ago."""
+        if self.journal.read().guard is not None or time.monotonic() < self._not_before["converge"]:
+            return
+        if (await self.preview({})).changed:
+            self._not_before["converge"] = time.monotonic() + _AFTER_FAILURE
+            await self.change({}, who=self._file or "start", source=self._source)
+            self._not_before["converge"] = 0.0
+            self._source = "file"
 
     async def _restore(self) -> None:
-        """Take back what was set over HTTP before the last restart."""
-        file = self._settings.state_file
-        if file is None or not Path(file).exists():
+        """Take back what was set over HTTP before the last restart; `_converge` brings it to the ranks.
+
+        Keys that do not fit any more are left out, and a file that cannot be read is moved aside: nothing is lost.
+        """
+        file = self._settings.state_file and Path(self._settings.state_file)
+        if not file or not file.exists():
             return
         try:
-            kept = json.loads(Path(file).read_text())
-            installed = await self.installed()
-            wanted = {key: value for key, value in kept.items() if _is_installed(key, installed)}
-            await self.change(wanted, who=file, source="start")
-        except Exception as error:
-            logger.error("sluice: control.state_file %s was not applied: %s", file, error)
+            kept = json.loads(file.read_text())
+            if not isinstance(kept, dict):
+                raise ValueError(f"it holds {type(kept).__name__}, not an object")
+        except (OSError, ValueError) as error:
+            aside = file.with_name(file.name + ".unreadable")
+            logger.error("sluice: control.state_file %s cannot be used and is moved to %s: %s", file, aside, error)
+            file.replace(aside)
+            return
+        admin: Values = {}
+        for key, value in kept.items():
+            try:
+                state.with_admin(self.layers(), {key: value})
+                admin[key] = value
+            except Refused as error:
+                logger.error("sluice: control.state_file %s: %s; this key is left out", file, error)
+        self._source = "start"
+        async with self.journal.locked(self._settings.timeout_seconds):
+            self.journal.update(admin={**admin, **self.journal.read().admin})
 
     async def _note_file(self) -> None:
+        layers = self.layers()
         seen = self._file_state
-        file = seen and {**vars(seen), "restart_needed": list(seen.restart_needed)}
-        if self.journal.read().file != file:
+        if seen is None:
+            return
+        file = {**vars(seen), "restart_needed": list(seen.restart_needed)}
+        record = self.journal.read()
+        kept = {"config": layers.config.model_dump(mode="json"), "origins": dict(layers.origins)}
+        if record.file != file or record.layers != kept:
             async with self.journal.locked(self._settings.timeout_seconds):
-                self.journal.update(file=file)
+                self.journal.update(file=file, layers=kept)
 
     async def _recover(self) -> None:
         """Finish what an API server left behind that died in the middle of a switch, and bring back late ranks.
 
         A rank is late if its generation is not the journal's although no change is under way, as after a restart of
-        its engine alone.
+        its engine alone. What is cached then may belong to another state, so the engine is paused in any case.
         """
-        if not self._left_behind():
+        if time.monotonic() < self._not_before["recover"] or not self._left_behind():
             return
         async with self.journal.locked(self._settings.timeout_seconds):
             if not (why := self._left_behind()):
                 return
             record = self.journal.read()
-            values = record.values or state.values_of(self._started.config, await self.installed())
+            installed = await self.installed()
+            values = record.values or state.values_of(self._started.config, installed)
+            owned = record.switching is not None and bool(record.switching["paused"])
             logger.error("sluice: %s; applying generation %d again", why, record.generation)
+            payload = state.payload(values, record.generation)
+            self._not_before["recover"] = time.monotonic() + _AFTER_FAILURE
+            pause, ranks = bool(installed.patches) or owned, self._applied().keys()
+            began, error = time.time(), None
             try:
-                if record.switching is None:
-                    await self._engines.pause()
-                await self._engines.call("apply", state.payload(values, record.generation))
-            finally:
-                await self._engines.resume()
+                await switch(self._engines, payload, payload, pause=pause, ranks=ranks, owned=owned)
                 self.journal.update(switching=None)
+                self._not_before["recover"] = 0.0
+            except Exception as caught:
+                error = caught
+                raise
+            finally:
                 self._lagging = 0
+                result: Any = "applied" if error is None else "failed"
+                text = why if error is None else f"{why}: {error}"
+                seconds = round(time.time() - began, 4)
+                self.journal.add(Change(record.generation, began, "sluice", "recovery", {}, result, text, seconds))
 
     def _left_behind(self) -> str | None:
         record = self.journal.read()
         if record.switching is not None:
+            if record.switching.get("abandoned"):
+                return "the engine did not resume after a switch"
             dead = not rundir.alive(record.switching["pid"])
             return "an API server died in the middle of a switch" if dead else None
         late = [rank for rank, generation in self._applied().items() if generation != record.generation]
@@ -421,6 +492,9 @@ class Controller:
 
     async def _note_pause(self) -> None:
         """Note since when somebody keeps the engine paused; our own switches hold the lock."""
+        if time.monotonic() < self._not_before["pause"]:
+            return
+        self._not_before["pause"] = time.monotonic() + _LOOK_FOR_PAUSE
         async with self.journal.locked(self._settings.timeout_seconds):
             paused = await self._engines.is_paused()
             since = self.journal.read().paused_since
@@ -442,11 +516,6 @@ def _switched(changed: Mapping[str, Any]) -> str | None:
 
 def _number(value: float) -> float | None:
     return None if math.isnan(value) else round(value, 4)
-
-
-def _is_installed(key: str, installed: Installed) -> bool:
-    section, kind, _ = key.split(".")
-    return kind in installed.kinds(section)
 
 
 def _fingerprint(path: Path) -> tuple[int, ...]:

@@ -95,16 +95,15 @@ def judge(measured: Mapping[str, Measured], seconds: float, settings: Guard) -> 
             f"{rest.nonfinite_rate:.2%} of the rest's",
         )
     fewest = min(canary.tokens, rest.tokens)
+    late = seconds > settings.patience_seconds
     if fewest < settings.least_tokens:
-        if seconds > settings.patience_seconds:
-            return Verdict("roll back", f"only {fewest} tokens in one group after {seconds:.0f} s; no verdict")
-        return Verdict("wait", f"{fewest} of {settings.least_tokens} tokens in the smaller group")
+        text = f"{fewest} of {settings.least_tokens} tokens in the smaller group after {seconds:.0f} s"
+        return Verdict("roll back" if late else "wait", text)
     change = canary.mean - rest.mean
     error = math.hypot(canary.error, rest.error)
     text = f"mean log-probability {canary.mean:.3f} against {rest.mean:.3f} nats ({change:+.3f}, error {error:.3f})"
-    over = seconds >= settings.window_seconds
-    if abs(change) - (0 if over else 2 * error) > settings.most_change:
+    if not math.isfinite(change) or abs(change) - 2 * error > settings.most_change:
         return Verdict("roll back", f"{text}; a change of {settings.most_change:g} is allowed")
-    if not over:
-        return Verdict("wait", text)
-    return Verdict("complete", text)
+    if seconds >= settings.window_seconds and abs(change) + 2 * error <= settings.most_change:
+        return Verdict("complete", text)
+    return Verdict("roll back" if late else "wait", f"{text}; no verdict after {seconds:.0f} s")

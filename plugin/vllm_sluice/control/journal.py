@@ -68,15 +68,17 @@ class Record:
     admin
         What was set over HTTP, by dotted key.
     switching
-        `{"pid", "since", "paused"}` of a change under way.
+        `{"pid", "since", "paused"}` of a change under way; `"abandoned": true` if its process lives but gave up.
     paused_since
         Since when somebody else keeps the engine paused, seconds since the epoch.
     file
         `{"path", "good", "error", "restart_needed"}` of the configuration file, if there is one.
+    layers
+        `{"config", "origins"}` that file, environment and defaults gave when the file was last good.
     results
         Changes so far by result, and `seconds` that they took in all.
     guard
-        A trial under way: `{"number", "patch", "enabled", "share", "since", "who", "measured"}`.
+        A trial under way: `{"number", "patch", "enabled", "edits", "share", "since", "who", "measured", "reason"}`.
     """
 
     generation: int = 0
@@ -85,6 +87,7 @@ class Record:
     switching: dict[str, Any] | None = None
     paused_since: float | None = None
     file: dict[str, Any] | None = None
+    layers: dict[str, Any] | None = None
     results: dict[str, float] = field(default_factory=dict)
     guard: dict[str, Any] | None = None
 
@@ -98,7 +101,7 @@ class Journal:
         self._changes = folder / "changes.jsonl"
         self._lock = folder / "control.lock"
         self._inside = asyncio.Lock()
-        self._trial: tuple[int, dict[str, Any] | None] = (0, None)
+        self._trial: tuple[tuple[int, ...], dict[str, Any] | None] = ((), None)
 
     def read(self) -> Record:
         """Return the shared state; that of a fresh server if there is none yet."""
@@ -110,11 +113,12 @@ class Journal:
     def trial(self) -> dict[str, Any] | None:
         """Return the guard's trial under way; reads the file only when it has changed."""
         try:
-            changed = self._state.stat().st_mtime_ns
+            found = self._state.stat()
         except FileNotFoundError:
             return None
-        if changed != self._trial[0]:
-            self._trial = (changed, self.read().guard)
+        seen = (found.st_ino, found.st_mtime_ns, found.st_size)  # each write makes a new file
+        if seen != self._trial[0]:
+            self._trial = (seen, self.read().guard)
         return self._trial[1]
 
     def write(self, record: Record) -> None:

@@ -24,6 +24,7 @@ _SALT = "sluice:"
 _SALT_LENGTH = 128
 """VLLM takes salts up to this length (entrypoints/generate/base/protocol.py), and external KV stores rely on it."""
 _CACHE_SECONDS = 5.0
+_MOST_STREAMS = 10_000
 
 
 def key(kind: str) -> str:
@@ -43,17 +44,18 @@ class RequestCheck:
     installed
         Returns the kinds that are installed in this server.
     trial
-        Returns the guard's trial under way (`journal.Record.guard`), or None.
+        Returns the guard's trial under way (`journal.Record.guard`), or None; None if there is no guard.
     """
 
     def __init__(
         self, enabled: bool, kinds: Sequence[str], installed: Callable[[], Collection[str]],
-        trial: Callable[[], Mapping[str, Any] | None] = lambda: None,
+        trial: Callable[[], Mapping[str, Any] | None] | None = None,
     ) -> None:
         self._enabled = enabled
         self._kinds = {key(kind): kind for kind in kinds}
         self._installed = installed
         self._trial = trial
+        self._streams: dict[str, None] = {}
 
     def validate(self, arguments: Mapping[str, Any]) -> dict[str, bool]:
         """Return what a request chose, by patch kind; empty if it leaves everything to the server.
@@ -78,7 +80,7 @@ class RequestCheck:
             )
 
     def admit(
-        self, request_id: str, arguments: Mapping[str, Any], salt: str | None
+        self, request_id: str, arguments: Mapping[str, Any], salt: str | None, streams: bool = False
     ) -> tuple[Mapping[str, Any], str | None]:
         """Return a request's arguments and cache salt: its own, extended by what it chose or what the guard tries.
 
@@ -87,10 +89,16 @@ class RequestCheck:
         Exception
             As `validate` does, and if the request's own salt imitates one of Sluice's.
         """
-        trial = self._trial()
-        if (self._enabled or trial) and salt is not None and _SALT in salt:
+        guarded = self._trial is not None
+        # Before a trial too: what was cached under such a salt would be taken for the canary's.
+        if (self._enabled or guarded) and salt is not None and _SALT in salt:
             raise compat.bad_request(f"cache_salt {salt!r} contains {_SALT!r}, which Sluice adds itself", "cache_salt")
         chosen = self.validate(arguments)
+        if self._is_stream(request_id, streams):
+            if chosen:
+                raise compat.bad_request(f"{sorted(chosen)[0]}: a streamed input cannot choose", _ARGUMENTS)
+            return arguments, salt
+        trial = self._trial() if self._trial is not None else None
         if trial and not chosen:
             group = group_of(request_id, trial["number"], trial["share"])
             arguments = {**arguments, ARGUMENT: f"{trial['number']}:{group}"}
@@ -98,6 +106,21 @@ class RequestCheck:
                 chosen = {trial["patch"]: bool(trial["enabled"])}
                 arguments[key(trial["patch"])] = int(trial["enabled"])
         return arguments, self._salt(chosen, salt)
+
+    def _is_stream(self, request_id: str, streams: bool) -> bool:
+        """Tell whether this is a part of an input that comes in parts, which keep the first part's salt.
+
+        `streams` says so of all parts but the last.
+        """
+        if streams:
+            self._streams[request_id] = None
+            while len(self._streams) > _MOST_STREAMS:
+                self._streams.pop(next(iter(self._streams)))
+            return True
+        if request_id in self._streams:
+            del self._streams[request_id]
+            return True
+        return False
 
     def _salt(self, chosen: Mapping[str, bool], salt: str | None) -> str | None:
         if not chosen:

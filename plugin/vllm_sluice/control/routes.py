@@ -19,15 +19,15 @@ from vllm_sluice.control.controller import Controller, Moved, NotReady, Outcome,
 from vllm_sluice.control.journal import KEPT_CHANGES, Busy
 from vllm_sluice.control.limit import RateLimit
 from vllm_sluice.control.state import Refused
-from vllm_sluice.control.switch import AlreadyPaused, SwitchFailed
+from vllm_sluice.control.switch import AlreadyPaused, StillPaused, SwitchFailed
 from vllm_sluice.control.tokens import Tokens
 
 logger = logging.getLogger("vllm.sluice.control")
 
 MOST_BYTES = 16_384
 _STATUS: dict[type[Exception], int] = {
-    Refused: 400, LookupError: 404, AlreadyPaused: 409, TrialUnderWay: 409, Moved: 412, SwitchFailed: 502, Busy: 503,
-    NotReady: 503, TimedOut: 504,
+    Refused: 400, LookupError: 404, AlreadyPaused: 409, TrialUnderWay: 409, Moved: 412, SwitchFailed: 502,
+    StillPaused: 502, Busy: 503, NotReady: 503, TimedOut: 504,
 }  # fmt: skip
 _ANSWERS: dict[int | str, dict[str, Any]] = {
     202: {"description": "The guard tries the change on a share of the requests first; see state and changes."},
@@ -148,17 +148,27 @@ class _Gatekeeper:
     def __init__(self, settings: Control, tokens: Tokens) -> None:
         self._settings = settings
         self._tokens = tokens
-        self._limit = RateLimit(settings.changes_per_minute)
+        self._changes = RateLimit(settings.changes_per_minute)
+        self._failures = RateLimit(settings.changes_per_minute)
 
     def admit(self, request: Request) -> str:
-        """Return the name of the request's token; counts the attempt, whatever comes of it."""
-        wait = self._limit.take()
-        if wait:
+        """Return the name of the request's token, and count the attempt.
+
+        Attempts with a wrong token are counted apart, so that they cannot lock the owner of a right one out.
+        """
+        name = self._name(request)
+        self._count(self._changes)
+        return name
+
+    def _count(self, limit: RateLimit) -> None:
+        if wait := limit.take():
             seconds = math.ceil(wait)
             raise Denied(
                 429, f"more than {self._settings.changes_per_minute} attempts in a minute; wait {seconds} s",
                 {"Retry-After": str(seconds)},
             )  # fmt: skip
+
+    def _name(self, request: Request) -> str:
         if not self._tokens:
             raise Denied(
                 403, "read-only: the server was started without an admin token; set SLUICE_ADMIN_TOKEN or "
@@ -171,9 +181,11 @@ class _Gatekeeper:
             )  # fmt: skip
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not token.strip():
+            self._count(self._failures)
             raise Denied(401, "send the admin token as Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"})
         name = self._tokens.name(token.strip())
         if name is None:
+            self._count(self._failures)
             raise Denied(401, "the token is none of this server's admin tokens", {"WWW-Authenticate": "Bearer"})
         return name
 
@@ -187,6 +199,9 @@ async def _guarded(respond: Callable[[], Awaitable[Response]]) -> Response:
         status = next(code for kind, code in _STATUS.items() if isinstance(error, kind))
         text = str(error.args[0]) if isinstance(error, LookupError) else str(error)
         return _answer({"error": text}, status, {"Retry-After": "1"} if status == 503 else None)
+    except Exception as error:
+        logger.exception("sluice: an admin request failed")
+        return _answer({"error": f"{type(error).__name__}: {error}; the server's log has more"}, 500)
 
 
 async def _read(request: Request) -> dict[str, Any]:
@@ -233,9 +248,11 @@ def _is_local(request: Request) -> bool:
     if request.client is None:  # a Unix socket
         return True
     try:
-        return ipaddress.ip_address(request.client.host).is_loopback
+        address = ipaddress.ip_address(request.client.host)
     except ValueError:
         return False
+    mapped = getattr(address, "ipv4_mapped", None)  # ::ffff:127.0.0.1, of a server that listens on ::
+    return (mapped or address).is_loopback
 
 
 def _outcome(done: Outcome) -> dict[str, Any]:

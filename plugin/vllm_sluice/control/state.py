@@ -109,6 +109,12 @@ def payload(values: Mapping[str, Any], generation: int) -> dict[str, Any]:
     return tree
 
 
+def of_kinds(values: Mapping[str, Any], changed: Iterable[str]) -> Values:
+    """Return the values of the patches and probes that a change touches; the others need not be written again."""
+    kinds = {key.rpartition(".")[0] for key in changed}
+    return {key: value for key, value in values.items() if key.rpartition(".")[0] in kinds}
+
+
 def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return `{key: {"from": value, "to": value}}` of the keys whose values differ."""
     return {

@@ -8,13 +8,16 @@ for would be taken for the next call's.
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 logger = logging.getLogger("vllm.sluice.control")
 
 Reply = Mapping[str, Any]
+_RESUME_AFTER = (0.2, 1.0, 3.0)
+"""Seconds between attempts to resume."""
 
 
 class Engines(Protocol):
@@ -35,6 +38,10 @@ class Engines(Protocol):
     async def label(self, generation: int) -> None:
         """Note the generation in the engines' weight version, which some responses carry."""
 
+    @property
+    def speculates(self) -> bool:
+        """Tell whether tokens are speculated, which the guard cannot measure."""
+
 
 class AlreadyPaused(RuntimeError):
     """Somebody else keeps the engine paused."""
@@ -48,7 +55,13 @@ class SwitchFailed(RuntimeError):
         self.rolled_back = rolled_back
 
 
-async def switch(engines: Engines, new: Reply, old: Reply, *, pause: bool) -> int:
+class StillPaused(RuntimeError):
+    """The engine did not resume; whoever finds that in the journal has to try again."""
+
+
+async def switch(
+    engines: Engines, new: Reply, old: Reply, *, pause: bool, ranks: Collection[str], owned: bool = False
+) -> None:
     """Bring all ranks from one state to another.
 
     Parameters
@@ -59,53 +72,70 @@ async def switch(engines: Engines, new: Reply, old: Reply, *, pause: bool) -> in
         What `Rank.apply` takes, generation included.
     pause
         Whether the change alters what the model computes.
-
-    Returns
-    -------
-    int
-        Number of ranks.
+    ranks
+        Names of all ranks, such as `dp0-pp0-tp1`; each has to answer.
+    owned
+        The engine may be paused already, by a switch that did not come to its end.
 
     Raises
     ------
     AlreadyPaused
         If the engine is paused; nothing was changed, and it stays paused.
     SwitchFailed
-        If a rank refused the new state, or could not be reached.
+        If the engine could not be paused, or a rank refused the new state or could not be reached.
+    StillPaused
+        If the engine could not be resumed.
     """
     if not pause:
-        return await _apply(engines, new, old)
-    if await engines.is_paused():
+        await _apply(engines, new, old, ranks)
+        return
+    if not owned and await engines.is_paused():
         raise AlreadyPaused("the engine is paused by someone else; resume it or wait, then try again")
     try:
-        await engines.pause()
-        ranks = await _apply(engines, new, old)
+        try:
+            await engines.pause()
+        except Exception as error:
+            text = f"the engine could not be paused, and nothing was changed: {type(error).__name__}: {error}"
+            raise SwitchFailed(text, rolled_back=True) from error
+        await _apply(engines, new, old, ranks)
         try:
             await engines.label(int(new["generation"]))
         except Exception:
             logger.exception("sluice: the generation is not in the weight version")
-        return ranks
     finally:
-        await engines.resume()
+        await _resume(engines)
 
 
-async def _apply(engines: Engines, new: Reply, old: Reply) -> int:
-    problem, ranks = await _try(engines, new)
+async def _resume(engines: Engines) -> None:
+    for wait in _RESUME_AFTER:
+        try:
+            await engines.resume()
+            return
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+            logger.error("sluice: the engine does not resume; trying again: %s", problem)
+            await asyncio.sleep(wait)
+    raise StillPaused(f"the engine does not resume: {problem}")
+
+
+async def _apply(engines: Engines, new: Reply, old: Reply, ranks: Collection[str]) -> None:
+    problem = await _try(engines, new, ranks)
     if problem is None:
-        return ranks
-    back, _ = await _try(engines, old)
+        return
+    back = await _try(engines, old, ranks)
     outcome = "all ranks have the old state again" if back is None else f"and rolling back failed too: {back}"
     raise SwitchFailed(f"{problem}; {outcome}", rolled_back=back is None)
 
 
-async def _try(engines: Engines, state: Reply) -> tuple[str | None, int]:
+async def _try(engines: Engines, state: Reply, ranks: Collection[str]) -> str | None:
     try:
         replies = await engines.call("apply", state)
     except Exception as error:
-        return f"the ranks could not be reached: {type(error).__name__}: {error}", 0
+        return f"the ranks could not be reached: {type(error).__name__}: {error}"
     for reply in replies:
         if "error" in reply:
-            return f"rank {reply.get('rank', '?')} of engine {reply.get('engine', '?')} refused: {reply['error']}", 0
-    late = [r for r in replies if r.get("generation") != state["generation"]]
-    if late or not replies:
-        return f"{len(late) or 'all'} ranks did not apply generation {state['generation']}", 0
-    return None, len(replies)
+            return f"rank {reply.get('rank', '?')} of engine {reply.get('engine', '?')} refused: {reply['error']}"
+    applied = {f"dp{r['engine']}-{r['rank']}" for r in replies if r.get("generation") == state["generation"]}
+    if missing := sorted(set(ranks) - applied):
+        return f"{', '.join(missing)} did not apply generation {state['generation']}"
+    return None

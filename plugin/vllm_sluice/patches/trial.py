@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_sluice.compat import Batch
+from vllm_sluice.compat import Batch, logger
 from vllm_sluice.control.guard import ARGUMENT, GROUPS
 
 _NO_GROUP = -1
@@ -21,6 +21,7 @@ class TrialMeter:
         self._number = 0
         self._sums = torch.zeros(len(GROUPS), 4, dtype=torch.float64, device=device)
         self._groups: np.ndarray | None = None
+        self._broken: str | None = None
 
     def look(self, batch: Batch) -> None:
         """Note the group of every request that generates a token in the coming pass."""
@@ -37,6 +38,7 @@ class TrialMeter:
             if int(number) > self._number:
                 self._number = int(number)
                 self._sums.zero_()
+                self._broken = None
             if int(number) == self._number:
                 groups[index] = GROUPS.index(group)
         self._groups = groups
@@ -47,26 +49,45 @@ class TrialMeter:
         The result of `run` holds `sampled_token_ids`, [requests, 1]. Nothing waits for the device.
         """
         groups, self._groups = self._groups, None
-        if groups is None or logits is None or len(groups) != len(logits):
+        if groups is None or logits is None or len(groups) != len(logits) or self._broken:
             return run()
-        logprobs = torch.log_softmax(logits.float(), dim=-1)  # before the sampler, which may change them in place
-        bad = (torch.isnan(logits) | (logits == torch.inf)).any(dim=-1)
+        try:
+            rows = torch.from_numpy(np.flatnonzero(groups != _NO_GROUP)).to(logits.device, non_blocking=True)
+            kept = logits.index_select(0, rows)  # a copy: the sampler may change logits in place
+        except Exception as error:
+            self._fail(error)
+            return run()
         output = run()
-        tokens = output.sampled_token_ids[:, 0].long()
-        values = logprobs.gather(1, tokens.clamp_min(0).unsqueeze(1))[:, 0].double()
-        counted = ~bad & (tokens >= 0)
+        try:
+            self._add(kept, output.sampled_token_ids[:, 0].long()[rows], groups[groups != _NO_GROUP])
+        except Exception as error:
+            self._fail(error)
+        return output
+
+    def _add(self, logits: torch.Tensor, tokens: torch.Tensor, groups: np.ndarray) -> None:
+        chosen = logits.gather(1, tokens.clamp_min(0).unsqueeze(1))[:, 0].double()
+        values = chosen - torch.cat([torch.logsumexp(part.float(), dim=-1) for part in logits.split(64)]).double()
+        counted = torch.isfinite(values) & (tokens >= 0)
         values = torch.where(counted, values, 0.0)
+        bad = ~counted & (tokens >= 0)
         row = torch.stack([counted.double(), values, values * values, bad.double()], dim=1)
         group = torch.from_numpy(groups).to(row.device, non_blocking=True)
         for index in range(len(GROUPS)):
             self._sums[index] += (row * (group == index).unsqueeze(1)).sum(dim=0)
-        return output
+
+    def _fail(self, error: Exception) -> None:
+        """Measure no more in this trial; the server goes on, and the guard is told."""
+        self._broken = f"{type(error).__name__}: {error}"
+        logger.exception("sluice: the guard's trial cannot be measured")
 
     def measured(self) -> dict[str, Any]:
-        """Return the trial's number and, by group, tokens, sum and sum of squares of log-probabilities, bad rows."""
+        """Return the trial's number and, by group, tokens, sum and sum of squares of log-probabilities, bad rows.
+
+        `broken` says why it could not be measured, if so.
+        """
         sums = self._sums.tolist()
         groups = {
             name: [int(tokens), total, squares, int(bad)]
             for name, (tokens, total, squares, bad) in zip(GROUPS, sums, strict=True)
         }
-        return {"number": self._number, "groups": groups}
+        return {"number": self._number, "groups": groups, "broken": self._broken}
