@@ -36,7 +36,7 @@ def served(monkeypatch, capsys):
     monkeypatch.setattr(serve, "_vllm_serve", record)
     monkeypatch.setattr(distribution, "provide_name", lambda: True)
     monkeypatch.setattr(allowlist, "installed_plugins", lambda: PLUGINS)
-    for variable in ("VLLM_PLUGINS", "SLUICE_CONFIG"):
+    for variable in ("VLLM_PLUGINS", "SLUICE_CONFIG", "VLLM_USE_V2_MODEL_RUNNER"):
         monkeypatch.setenv(variable, "")  # so that what the command sets is undone
         monkeypatch.delenv(variable)
 
@@ -59,6 +59,17 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def test_where_the_second_model_runner_is_the_default_the_first_is_asked_for(served, model, monkeypatch):
+    asked = ("--port", str(free_port()))
+    assert "MODEL_RUNNER" not in served(model, *asked)[1]  # the CPU build has the first only
+    monkeypatch.setattr(distribution, "installed", lambda: distribution.VllmDistribution("vllm", "0.32.0"))
+    assert "VLLM_USE_V2_MODEL_RUNNER=0, because" in served(model, *asked)[1]
+    assert os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "0"
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    assert "MODEL_RUNNER" not in served(model, *asked)[1]
+    assert os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1"
 
 
 # ---------------------------------------------------------------------------------------------- the allow-list

@@ -27,7 +27,6 @@ Verdict = Literal["good", "note", "wrong"]
 CPU_MEMORY_GIB = 4.0
 """Free memory that serving a small model on the CPU takes."""
 _SHARED_MEMORY_MIB = 256
-_RUNNER_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
 _MARKS: dict[Verdict, str] = {"good": " ", "note": "-", "wrong": "!"}
 
 
@@ -195,10 +194,10 @@ def _environment(vllm: VllmDistribution | None, environ: Mapping[str, str]) -> I
     else:
         remedy = f"set {config.RUN_DIR_VARIABLE} or telemetry.run_dir to a folder that you may write to"
         yield Finding(section, "run folder", f"{existing} is not writable", "wrong", remedy)
-    if vllm is not None and not vllm.is_cpu and environ.get(_RUNNER_VARIABLE) != "0":
+    if vllm is not None and not vllm.is_cpu and environ.get(serve.RUNNER_VARIABLE) != "0":
         yield Finding(
-            section, "model runner", f"{_RUNNER_VARIABLE} is not 0: vLLM's second runner, without probes", "note",
-            f"set {_RUNNER_VARIABLE}=0 to measure; patches work with both",
+            section, "model runner", f"{serve.RUNNER_VARIABLE} is not 0: `vllm serve` takes a runner without probes",
+            "note", f"set {serve.RUNNER_VARIABLE}=0, as `sluice serve` does unless it is set; patches work with both",
         )  # fmt: skip
     yield from _memory(vllm)
     for name, package, purpose in (

@@ -18,6 +18,7 @@ from vllm_sluice.commands import allowlist, distribution, gatefile
 from vllm_sluice.commands.problem import Problem
 
 CONFIG_OPTION = "--sluice-config"
+RUNNER_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
 HELP = f"""\
 usage: sluice serve MODEL [{CONFIG_OPTION} FILE] [any option of vllm serve]
 
@@ -80,6 +81,7 @@ def run(arguments: Sequence[str]) -> int:
     for name in allow.routes_opened:
         _say(f"note: naming {name} in {allowlist.VARIABLE} also lets it add HTTP routes; set the variable to avoid it")
     _say(f"{allowlist.VARIABLE}={allow.value}")
+    _choose_runner(settings)
     distribution.provide_name()
     return _vllm_serve(request.vllm)
 
@@ -159,6 +161,17 @@ def _check(request: Request, settings: config.Config) -> None:
         gatefile.read_header(Path(source))
     if request.port is not None:
         check_port(request.host, request.port)
+
+
+def _choose_runner(settings: config.Config) -> None:
+    """Ask for vLLM's first model runner where the second is the default: probes work with the first only."""
+    found = distribution.installed()
+    probes = settings.probes
+    wanted = probes.residual.install or probes.attention.install or probes.gate.install or settings.control.chooses_rows
+    if found is None or found.is_cpu or not settings.enabled or not wanted or RUNNER_VARIABLE in os.environ:
+        return
+    os.environ[RUNNER_VARIABLE] = "0"
+    _say(f"note: {RUNNER_VARIABLE}=0, because probes work with vLLM's first model runner; set the variable to choose")
 
 
 def _configure(path: str | None) -> config.Config:
