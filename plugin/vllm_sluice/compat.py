@@ -148,6 +148,17 @@ class Load:
         return bool(getattr(self.vllm_config.parallel_config, "use_ubatching", False))
 
     @property
+    def rows_problem(self) -> str | None:
+        """Say why the rows of each request are not known around a forward pass, or None if they are."""
+        if self.uses_runner_v2:
+            return "vLLM's model runner V2 is not supported yet; start with VLLM_USE_V2_MODEL_RUNNER=0"
+        if self.microbatches:
+            return "dual-batch overlap splits a batch in ways that are not followed"
+        if self.context_parallel:
+            return "context parallelism spreads a sequence and its KV cache over ranks"
+        return None
+
+    @property
     def folds_constants(self) -> bool:
         """Tell whether Inductor would fold buffers into the graph, so that a switch would have no effect.
 

@@ -41,7 +41,7 @@ def register() -> None:
     try:
         _hook()
     except Exception:
-        if settings.patches.gate.source not in ("auto", "none") or settings.control.per_request:
+        if settings.patches.gate.source not in ("auto", "none") or settings.control.chooses_rows:
             raise
         compat.logger.exception(
             "sluice: off, because it does not know this vLLM (%s; tested: %s)",

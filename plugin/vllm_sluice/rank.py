@@ -25,12 +25,12 @@ from vllm_sluice.control import per_request
 from vllm_sluice.patches.base import InstalledPatch
 from vllm_sluice.patches.choices import Choices
 from vllm_sluice.patches.installer import patch_kinds
-from vllm_sluice.patches.trial import TrialMeter
 from vllm_sluice.probes.base import Probe
 from vllm_sluice.probes.installer import PROBE_KINDS, ProbeSet
 from vllm_sluice.probes.window import Window
 from vllm_sluice.telemetry import rundir
 from vllm_sluice.telemetry.snapshot import SUFFIX, RankInfo, Series, SnapshotWriter
+from vllm_sluice.trial import TrialMeter
 
 _ERRORS_BEFORE_OFF = 10
 
@@ -86,11 +86,12 @@ class Rank:
             batch = self._describe(probes, describe)
             if batch is None:
                 return run()
+            arguments = batch.arguments() if self._choices else []
             if self._trial is not None:
-                self._trial.look(batch)
+                self._trial.look(batch, arguments)
             probed = bool(probes) and self._before(probes, batch)
             try:
-                with self._choices.acting(batch) if self._choices else contextlib.nullcontext():
+                with self._choices.acting(batch, arguments) if self._choices else contextlib.nullcontext():
                     return run()
             finally:
                 if probed:

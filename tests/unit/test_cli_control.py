@@ -30,17 +30,6 @@ from vllm_sluice.telemetry.collector import SnapshotCollector
 
 
 @pytest.fixture
-def api():
-    return AdminApi()
-
-
-@pytest.fixture
-def url(api):
-    with served(api) as address:
-        yield address
-
-
-@pytest.fixture
 def sluice(url, capsys, monkeypatch):
     """Run a command against the server as alice; return exit status, standard output and standard error."""
     monkeypatch.setenv("SLUICE_ADMIN_TOKEN", TOKENS["alice"])

@@ -16,7 +16,6 @@ import pytest
 from tests.conftest import ROOT
 from tests.live.synthetic import Model, info, record, series, write
 from tests.live.synthetic import served as live_server
-from tests.unit.adminapi import AdminApi, served
 from vllm_sluice import cli
 from vllm_sluice.commands import top
 from vllm_sluice.commands.client import Client
@@ -39,17 +38,6 @@ def recorded(tmp_path):
         return json.loads(history.as_json(since=-30.0, metrics=()))
 
     return run
-
-
-@pytest.fixture
-def api():
-    return AdminApi()
-
-
-@pytest.fixture
-def url(api):
-    with served(api) as address:
-        yield address
 
 
 @pytest.fixture

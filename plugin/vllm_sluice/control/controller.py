@@ -16,7 +16,7 @@ from typing import Any
 from vllm_sluice import config
 from vllm_sluice.config import Loaded
 from vllm_sluice.control import guard, state
-from vllm_sluice.control.journal import Busy, Change, Journal, Record, write_whole
+from vllm_sluice.control.journal import Busy, Change, Journal, Record, stamp, write_whole
 from vllm_sluice.control.state import Installed, Refused, Values
 from vllm_sluice.control.switch import AlreadyPaused, Engines, StillPaused, SwitchFailed, switch
 from vllm_sluice.telemetry import rundir
@@ -114,7 +114,7 @@ class Controller:
 
     def layers(self) -> Loaded:
         """Return file, environment and defaults; a file that cannot be used leaves the last good ones."""
-        if self._file is None or (now := _fingerprint(Path(self._file))) == self._seen:
+        if self._file is None or (now := stamp(Path(self._file))) == self._seen:
             return self._layers
         self._seen = now
         try:
@@ -214,7 +214,7 @@ class Controller:
             record = self.journal.read()
             if if_generation is not None and if_generation != record.generation:
                 raise Moved(f"the state has generation {record.generation}, not {if_generation}; read it and try again")
-            if record.guard is not None and source != "guard":
+            if record.guard is not None:
                 raise TrialUnderWay(
                     f"the guard is trying the patch {record.guard['patch']}; wait for its verdict, or end the trial "
                     "with DELETE guard"
@@ -516,14 +516,6 @@ def _switched(changed: Mapping[str, Any]) -> str | None:
 
 def _number(value: float) -> float | None:
     return None if math.isnan(value) else round(value, 4)
-
-
-def _fingerprint(path: Path) -> tuple[int, ...]:
-    try:
-        found = path.stat()  # of the file behind the link: a ConfigMap swaps a link to its folder
-    except OSError:
-        return ()
-    return (found.st_ino, found.st_mtime_ns, found.st_size)
 
 
 def _log_failure(task: asyncio.Task[Outcome]) -> None:

@@ -112,11 +112,7 @@ class Journal:
 
     def trial(self) -> dict[str, Any] | None:
         """Return the guard's trial under way; reads the file only when it has changed."""
-        try:
-            found = self._state.stat()
-        except FileNotFoundError:
-            return None
-        seen = (found.st_ino, found.st_mtime_ns, found.st_size)  # each write makes a new file
+        seen = stamp(self._state)
         if seen != self._trial[0]:
             self._trial = (seen, self.read().guard)
         return self._trial[1]
@@ -176,6 +172,18 @@ class Journal:
                 yield
         finally:
             self._inside.release()
+
+
+def stamp(path: Path) -> tuple[int, ...]:
+    """Return what differs whenever a file is replaced or written; empty if there is none.
+
+    Of the file behind a link: Kubernetes mounts a ConfigMap as links, and swaps a link to their folder.
+    """
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return (found.st_ino, found.st_mtime_ns, found.st_size)
 
 
 def write_whole(path: Path, text: str) -> None:

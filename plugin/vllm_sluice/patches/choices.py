@@ -26,9 +26,12 @@ class Choices:
         self._patches = patches
 
     @contextlib.contextmanager
-    def acting(self, batch: Batch) -> Iterator[None]:
-        """Let patches act on the rows of requests that chose so; the device is neither waited for nor read."""
-        chosen = self._read(batch.arguments())
+    def acting(self, batch: Batch, arguments: list[Mapping[str, Any]]) -> Iterator[None]:
+        """Let patches act on the rows of requests that chose so in their extra arguments.
+
+        The device is neither waited for nor read.
+        """
+        chosen = self._read(arguments)
         try:
             for key, acts in chosen.items():
                 rows = np.repeat(np.array(acts, dtype=np.bool_), np.diff(batch.starts))

@@ -54,20 +54,9 @@ class Installer:
                 [f"vLLM {version} is installed; Sluice patches models of vLLM {compat.TESTED_VLLM}"],
                 "Install that vLLM, or set allow_untested_vllm: true and check the outputs yourself.",
             )
-        if plans and self._config.control.chooses_rows and (problem := _no_rows(load)):
+        if plans and self._config.control.chooses_rows and (problem := load.rows_problem):
             raise PatchError(plans[0][0].name, [f"requests are to choose patches, but {problem}"], _PER_REQUEST_REMEDY)
         installed = [kind.install(plan) for kind, plan in plans]
         for patch in installed:
             compat.logger.info("sluice: patch %s installed: %s", patch.name, patch.report.detail)
         return installed
-
-
-def _no_rows(load: Load) -> str | None:
-    """Say why the rows of each request are not known before a forward pass, or None if they are."""
-    if load.uses_runner_v2:
-        return "vLLM's model runner V2 is not supported yet; start with VLLM_USE_V2_MODEL_RUNNER=0"
-    if load.microbatches:
-        return "dual-batch overlap splits a batch in ways that are not followed"
-    if load.context_parallel:
-        return "context parallelism spreads a sequence over ranks"
-    return None

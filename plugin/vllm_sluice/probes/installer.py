@@ -42,24 +42,14 @@ class ProbeSet:
             wanted["gate"] = lambda: self._gate(config, load, patches["gate"])
         for kind, build in wanted.items():
             try:
-                self._check(load)
+                if problem := load.rows_problem:
+                    raise ProbeUnavailable(problem)
                 self.installed.append(build())
             except Exception as error:  # a probe must never stop the server; the reason is exported and logged
                 self.unavailable[kind] = f"{type(error).__name__}: {error}"
                 compat.logger.warning("sluice: no %s probe: %s", kind, self.unavailable[kind], exc_info=True)
         if self.installed:
             compat.logger.info("sluice: probes installed: %s", ", ".join(probe.kind for probe in self.installed))
-
-    @staticmethod
-    def _check(load: Load) -> None:
-        if load.uses_runner_v2:
-            raise ProbeUnavailable(
-                "vLLM's model runner V2 is not supported by probes yet; start with VLLM_USE_V2_MODEL_RUNNER=0"
-            )
-        if load.microbatches:
-            raise ProbeUnavailable("dual-batch overlap splits a batch in ways that probes do not follow")
-        if load.context_parallel:
-            raise ProbeUnavailable("context parallelism spreads a sequence and its KV cache over ranks")
 
     def _shared_rows(self, config: Config, load: Load) -> Rows:
         if self.rows is None:

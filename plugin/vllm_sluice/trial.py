@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,10 +23,10 @@ class TrialMeter:
         self._groups: np.ndarray | None = None
         self._broken: str | None = None
 
-    def look(self, batch: Batch) -> None:
-        """Note the group of every request that generates a token in the coming pass."""
+    def look(self, batch: Batch, arguments: list[Mapping[str, Any]]) -> None:
+        """Note the group of every request that generates a token in the coming pass, from its extra arguments."""
         self._groups = None
-        labels = [arguments.get(ARGUMENT) for arguments in batch.arguments()]
+        labels = [of_request.get(ARGUMENT) for of_request in arguments]
         if not any(labels):
             return
         generates = batch.computed + np.diff(batch.starts) >= batch.prompts
