@@ -13,6 +13,7 @@ from prometheus_client.exposition import choose_encoder
 from vllm_sluice import compat, config
 from vllm_sluice.control import routes as control_routes
 from vllm_sluice.control.controller import Controller, NotReady
+from vllm_sluice.control.follower import Follower
 from vllm_sluice.control.journal import Journal
 from vllm_sluice.control.measured import server_values
 from vllm_sluice.control.tokens import read_tokens
@@ -68,7 +69,7 @@ class SluiceEndpoint:
             engines = compat.EngineClients(engine_client)
             self._controller = Controller(self._journal, engines, self._loaded, lambda: self._applied(engines.ranks))
             if engines.index == 0:
-                self._tasks.append(asyncio.create_task(self._controller.follow(), name="sluice-follow"))
+                self._tasks.append(asyncio.create_task(Follower(self._controller).follow(), name="sluice-follow"))
 
     async def _describe(self) -> dict[str, Any] | None:
         if self._controller is None:

@@ -16,6 +16,7 @@ from vllm_sluice import config
 from vllm_sluice.config import ConfigError
 from vllm_sluice.control import switch
 from vllm_sluice.control.controller import Controller, Moved, NotReady, TimedOut
+from vllm_sluice.control.follower import Follower
 from vllm_sluice.control.journal import Busy, Journal
 from vllm_sluice.control.limit import RateLimit
 from vllm_sluice.control.measured import server_values
@@ -270,7 +271,7 @@ async def until(condition: Callable[[], bool], seconds: float = 5) -> None:
 
 def following(controller: Controller, scenario: Callable[[], Any]) -> None:
     async def run() -> None:
-        task = asyncio.create_task(controller.follow())
+        task = asyncio.create_task(Follower(controller).follow())
         try:
             await scenario()
         finally:

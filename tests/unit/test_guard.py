@@ -14,6 +14,7 @@ from tests.unit.control import MemoryEngines
 from tests.unit.test_control import OFF, following, gate, until
 from vllm_sluice import config
 from vllm_sluice.config import Guard
+from vllm_sluice.control import trials
 from vllm_sluice.control.controller import Controller, TrialUnderWay
 from vllm_sluice.control.guard import Measured, combine, group_of, judge
 from vllm_sluice.control.journal import Journal
@@ -156,9 +157,9 @@ def test_a_trial_shows_what_it_measures_and_can_be_ended(engines):
         values = {(name, *labels): value for name, labels, value in server_values(controller.journal)}
         assert values["sluice_guard_logprob", ("patch", "gate"), ("group", "canary")] == -2.0
         assert values["sluice_guard_tokens", ("patch", "gate"), ("group", "rest")] == 800
-        await controller.end_trial("bob")
+        await trials.end(controller, "bob")
         with pytest.raises(LookupError, match="trying nothing"):
-            await controller.end_trial("bob")
+            await trials.end(controller, "bob")
 
     following(controller, scenario)
     assert gate(engines) == [True, True]

@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from vllm_sluice.config import Control
-from vllm_sluice.control import state
+from vllm_sluice.control import state, trials
 from vllm_sluice.control.controller import Controller, Moved, NotReady, Outcome, TimedOut, TrialUnderWay
 from vllm_sluice.control.journal import KEPT_CHANGES, Busy
 from vllm_sluice.control.limit import RateLimit
@@ -113,7 +113,7 @@ def build_router(
     ) -> Response:
         async def respond() -> Response:
             who = gatekeeper.admit(request)
-            return _answer(_outcome(await ready().end_trial(who)))
+            return _answer(_outcome(await trials.end(ready(), who)))
 
         return await _guarded(respond)
 
