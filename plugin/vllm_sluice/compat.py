@@ -6,10 +6,11 @@ installed once per process (a marker on the wrapped function) and keep the origi
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import AsyncIterator, Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -268,6 +269,8 @@ class Batch:
         Tokens of each request already in the KV cache before this pass, [requests], int.
     prompts
         Prompt length of each request, [requests], int.
+    generates
+        Whether each request gets a token from this pass, [requests], bool; chunks of a prompt before the last get none.
     positions
         Absolute position of each row on the device, [>= tokens], int.
     ids
@@ -282,6 +285,7 @@ class Batch:
     starts: np.ndarray
     computed: np.ndarray
     prompts: np.ndarray
+    generates: np.ndarray
     positions: torch.Tensor
     ids: torch.Tensor | None
     attention: dict[str, Any]
@@ -363,6 +367,7 @@ def _batch(runner: Any) -> Batch:
         starts=starts,
         computed=runner.input_batch.num_computed_tokens_cpu[:requests].copy(),
         prompts=runner.input_batch.num_prompt_tokens[:requests].copy(),
+        generates=~runner.discard_request_mask.np[:requests],
         positions=getattr(positions, "gpu", positions),
         ids=runner.input_ids.gpu,
         attention=metadata if isinstance(metadata, dict) else {},
@@ -714,8 +719,31 @@ def on_request(make_check: Callable[[], Admit]) -> None:
     _wrap(InputProcessor, "process_inputs", make_process)
 
 
-def on_openai_request(check: Callable[[Mapping[str, Any], bool], None]) -> None:
-    """Call `check(vllm_xargs, beam_search)` for every OpenAI request before its answer begins.
+@dataclass(frozen=True)
+class OpenAIRequest:
+    """A request to the OpenAI API as far as it limits what may be asked for.
+
+    Attributes
+    ----------
+    arguments
+        `vllm_xargs`.
+    beam_search, streamed
+        Whether it uses vLLM's beam search, and whether the answer comes in parts.
+    prompts
+        Number of prompts, each of which becomes a request of its own.
+    salt
+        `cache_salt`.
+    """
+
+    arguments: Mapping[str, Any]
+    beam_search: bool = False
+    streamed: bool = False
+    prompts: int = 1
+    salt: str | None = None
+
+
+def on_openai_request(check: Callable[[OpenAIRequest], None]) -> None:
+    """Call `check` for every OpenAI request before its answer begins.
 
     A streamed answer has begun, with status 200, when the input processor sees the request; and beam search drops
     `vllm_xargs`. Wraps the requests' to_sampling_params and to_beam_search_params (entrypoints/openai/*/protocol.py).
@@ -727,7 +755,17 @@ def on_openai_request(check: Callable[[Mapping[str, Any], bool], None]) -> None:
     def make(beam_search: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         def checked(original: Callable[..., Any]) -> Callable[..., Any]:
             def to_params(self: Any, *args: Any, **kwargs: Any) -> Any:
-                check(self.vllm_xargs or {}, beam_search)
+                prompt = getattr(self, "prompt", None)
+                several = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
+                check(
+                    OpenAIRequest(
+                        arguments=self.vllm_xargs or {},
+                        beam_search=beam_search,
+                        streamed=bool(self.stream),
+                        prompts=len(prompt or []) if several else 1,
+                        salt=getattr(self, "cache_salt", None),
+                    )
+                )
                 return original(self, *args, **kwargs)
 
             return to_params
@@ -738,6 +776,92 @@ def on_openai_request(check: Callable[[Mapping[str, Any], bool], None]) -> None:
         _wrap(request, "to_sampling_params", make(False))
     for request in (CompletionRequest, ChatCompletionRequest):
         _wrap(request, "to_beam_search_params", make(True))
+
+
+Ask = Callable[[Mapping[str, Any]], tuple[Mapping[str, Any], str] | None]
+Summarise = Callable[[list[dict[str, Any]]], dict[str, Any]]
+_TICKETS = "_sluice_tickets"
+
+
+def on_answer(ask: Ask, summarise: Summarise) -> None:
+    """Send the ranks' replies to `sluice_rpc("request", ticket)` back with the answer of a request that asks for them.
+
+    `ask(extra_args)` returns the arguments to use and the request's ticket, or None if it does not ask.
+    `summarise(replies)` becomes `kv_transfer_params["sluice"]` of the last output, which the OpenAI API returns where
+    the answer is not streamed. All of the request's tokens are computed, whatever the prefix cache holds. Wraps
+    AsyncLLM.generate (v1/engine/async_llm.py), behind the API server, and LLMEngine.add_request and step
+    (v1/engine/llm_engine.py), behind `LLM`.
+    """
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    def asking(parameters: Any) -> tuple[Any, str] | None:
+        asked = ask(getattr(parameters, "extra_args", None) or {})
+        if asked is None:
+            return None
+        parameters = parameters.clone()
+        parameters.extra_args = dict(asked[0])
+        parameters.skip_reading_prefix_cache = True
+        return parameters, asked[1]
+
+    async def with_summary(self: Any, outputs: Any, ticket: str) -> AsyncIterator[Any]:
+        async with contextlib.aclosing(outputs):
+            async for output in outputs:
+                if output.finished:
+                    try:
+                        summary = summarise(await EngineClients(self).call("request", ticket))
+                    except Exception as error:
+                        summary = _no_summary(error)
+                    _attach(output, summary)
+                yield output
+
+    def make_generate(original: Callable[..., Any]) -> Callable[..., Any]:
+        def generate(self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
+            asked = asking(sampling_params)
+            if asked is None:
+                return original(self, prompt, sampling_params, *args, **kwargs)
+            return with_summary(self, original(self, prompt, asked[0], *args, **kwargs), asked[1])
+
+        return generate
+
+    def make_add(original: Callable[..., Any]) -> Callable[..., Any]:
+        def add_request(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+            asked = asking(params)
+            if asked is not None:
+                params, ticket = asked
+                self.__dict__.setdefault(_TICKETS, {})[request_id] = ticket
+            return original(self, request_id, prompt, params, *args, **kwargs)
+
+        return add_request
+
+    def make_step(original: Callable[..., Any]) -> Callable[..., Any]:
+        def step(self: Any) -> Any:
+            outputs = original(self)
+            tickets: dict[str, str] = self.__dict__.get(_TICKETS, {})
+            for output in outputs if tickets else ():
+                if output.finished and (ticket := tickets.pop(output.request_id, None)):
+                    try:
+                        summary = summarise(self.collective_rpc("sluice_rpc", args=("request", ticket)))
+                    except Exception as error:
+                        summary = _no_summary(error)
+                    _attach(output, summary)
+            return outputs
+
+        return step
+
+    _wrap(AsyncLLM, "generate", make_generate)
+    _wrap(LLMEngine, "add_request", make_add)
+    _wrap(LLMEngine, "step", make_step)
+
+
+def _attach(output: Any, summary: dict[str, Any]) -> None:
+    output.kv_transfer_params = {**(output.kv_transfer_params or {}), "sluice": summary}
+
+
+def _no_summary(error: Exception) -> dict[str, Any]:
+    """Say why there is no summary; the answer itself must not be lost."""
+    logger.error("sluice: a request's statistics could not be collected", exc_info=error)
+    return {"error": f"{type(error).__name__}: {error}"}
 
 
 def bad_request(message: str, parameter: str) -> Exception:

@@ -205,7 +205,8 @@ class Control(_Strict):
     timeout_seconds: Annotated[float, Field(ge=1, le=600)] = 30.0
     """A switch that takes longer is reported as failed; it is still carried to its end."""
     per_request: bool = False
-    """Let requests choose with `vllm_xargs`, such as `{"sluice.gate": false}`."""
+    """Let requests choose with `vllm_xargs`, such as `{"sluice.gate": false}`, and ask for their own statistics with
+    `{"sluice.stats": true}`. The latter needs a few more numbers for every token, so a change needs a restart."""
     guard: Guard = Guard()
 
     @property
@@ -232,6 +233,7 @@ class Config(_Strict):
         return {
             "patches": _without_runtime(self.patches),
             "probes": _without_runtime(self.probes),
+            "per_request": self.control.per_request,
         }
 
     def structural_fingerprint(self) -> str:

@@ -52,6 +52,8 @@ def register() -> None:
 
 def _hook() -> None:
     from vllm_sluice import rank
+    from vllm_sluice.control import per_request
+    from vllm_sluice.telemetry import request_summary
 
     compat.on_compile_hash(fingerprint)
     compat.on_load_model(_before_load, _after_load)
@@ -59,6 +61,7 @@ def _hook() -> None:
     compat.on_forward()
     compat.on_sample()
     compat.on_request(lambda: _request_check().admit)
+    compat.on_answer(per_request.ask_for_statistics, request_summary.summarise)
     compat.add_worker_method("sluice_rpc", rank.worker_method)
 
 
@@ -84,7 +87,9 @@ def _request_check() -> RequestCheck:
     kinds = [kind.name for kind in patch_kinds(settings)]
     guarded = settings.control.enabled and settings.control.guard.enabled
     trial = Journal(folder).trial if guarded else None
-    return RequestCheck(settings.control.per_request, kinds, installed, trial)
+    probes = settings.probes
+    measured = probes.residual.install or probes.attention.install or probes.gate.install
+    return RequestCheck(settings.control.per_request, kinds, installed, trial, measured)
 
 
 def fingerprint() -> str:

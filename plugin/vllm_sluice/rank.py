@@ -27,12 +27,16 @@ from vllm_sluice.patches.choices import Choices
 from vllm_sluice.patches.installer import patch_kinds
 from vllm_sluice.probes.base import Probe
 from vllm_sluice.probes.installer import PROBE_KINDS, ProbeSet
+from vllm_sluice.probes.requests import RequestLedger, RequestRecords
 from vllm_sluice.probes.window import Window
 from vllm_sluice.telemetry import rundir
 from vllm_sluice.telemetry.snapshot import SUFFIX, RankInfo, Series, SnapshotWriter
 from vllm_sluice.trial import TrialMeter
 
 _ERRORS_BEFORE_OFF = 10
+
+_Asking = list[tuple[RequestRecords, slice]]
+"""Requests of a pass that ask for their own statistics, and their rows."""
 
 
 class Rank:
@@ -50,6 +54,9 @@ class Rank:
         if config.control.chooses_rows and patches:
             self._choices = Choices({per_request.key(kind): patch for kind, patch in patches.items()})
         self._probes = probes.installed
+        self._ledger: RequestLedger | None = None
+        if config.control.per_request and self._probes:
+            self._ledger = RequestLedger(self._probes)
         self._rows = probes.rows
         self._unavailable = probes.unavailable
         self._kinds = [kind.name for kind in patch_kinds(config)]
@@ -86,16 +93,17 @@ class Rank:
             batch = self._describe(probes, describe)
             if batch is None:
                 return run()
-            arguments = batch.arguments() if self._choices else []
+            arguments = batch.arguments() if self._choices or self._ledger else []
             if self._trial is not None:
                 self._trial.look(batch, arguments)
-            probed = bool(probes) and self._before(probes, batch)
+            asking = self._ledger.look(batch, arguments) if self._ledger and probes else []
+            probed = bool(probes) and self._before(probes, batch, asking)
             try:
                 with self._choices.acting(batch, arguments) if self._choices else contextlib.nullcontext():
                     return run()
             finally:
                 if probed:
-                    self._after(probes, batch)
+                    self._after(probes, batch, asking)
 
     def sample(self, logits: Any, run: Callable[[], Any]) -> Any:
         """Sample the tokens of the pass before; a guarded trial measures them."""
@@ -111,7 +119,7 @@ class Rank:
                 self._failed(probe)
             return None
 
-    def _before(self, probes: list[Probe], batch: Batch) -> bool:
+    def _before(self, probes: list[Probe], batch: Batch, asking: _Asking) -> bool:
         try:
             if self._rows is not None:
                 self._rows.mark(batch, [probe.kind for probe in probes])
@@ -121,23 +129,32 @@ class Rank:
             if self._rows is not None:
                 self._rows.clear()
             return False
+        rows = [own for _, own in asking]
         for probe in probes:
             self._guarded(probe, probe.before, batch)
+            if rows:
+                self._guarded(probe, probe.before_requests, batch, rows)
         return True
 
-    def _after(self, probes: list[Probe], batch: Batch) -> None:
+    def _after(self, probes: list[Probe], batch: Batch, asking: _Asking) -> None:
         if batch.positions.is_cuda:
             self._stream = torch.cuda.current_stream()
         if self._rows is not None:
             self._rows.clear()
+        rows = [own for _, own in asking]
         for probe in probes:
             self._guarded(probe, probe.after, batch)
+            records = [kept.records[probe.kind] for kept, _ in asking]
+            if any(records):
+                self._guarded(probe, probe.add_requests, batch, rows, records)
+        for kept, own in asking:
+            kept.tokens += own.stop - own.start
         self._passes_since_take += 1
 
-    def _guarded(self, probe: Probe, step: Callable[[Batch], None], batch: Batch) -> None:
+    def _guarded(self, probe: Probe, step: Callable[..., None], *arguments: Any) -> None:
         began = time.perf_counter()
         try:
-            step(batch)
+            step(*arguments)
         except Exception:
             self._failed(probe)
         self._seconds[probe.kind] += time.perf_counter() - began
@@ -262,6 +279,11 @@ class Rank:
         measured = {} if self._trial is None else self._trial.measured()
         return {"rank": self._info.rank, "engine": self._info.engine, **measured}
 
+    def request(self, ticket: str) -> dict[str, Any]:
+        """Return what this rank saw of a request that asked (`RequestLedger.close`), and forget it; `{}` if nothing."""
+        with self._lock, torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
+            return (self._ledger.close(ticket) if self._ledger else None) or {}
+
     def state(self) -> dict[str, Any]:
         """Return rank, generation and the state of patches and probes as plain data."""
         return {
@@ -281,22 +303,25 @@ class Rank:
         }
 
 
-def worker_method(worker: Any, operation: str, state: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Answer `collective_rpc("sluice_rpc", args=(operation, state))` on one worker.
+def worker_method(worker: Any, operation: str, detail: Any = None) -> dict[str, Any]:
+    """Answer `collective_rpc("sluice_rpc", args=(operation, detail))` on one worker.
 
-    Operations: `state`, `publish` (write a snapshot now), `apply`, `guard` (what a trial measured). Never raises: an
-    exception here would leave the other ranks' replies queued and corrupt vLLM's message queue.
+    Operations: `state`, `publish` (write a snapshot now), `apply` (`detail`: the state), `guard` (what a trial
+    measured), `request` (`detail`: the ticket). Never raises: an exception here would leave the other ranks' replies
+    queued and corrupt vLLM's message queue.
     """
     try:
         rank: Rank = getattr(compat.worker_model(worker), compat.RUNTIME_ATTRIBUTE)
         if operation == "apply":
-            return rank.apply(state or {})
+            return rank.apply(detail or {})
+        if operation == "request":
+            return rank.request(str(detail))
         if operation == "guard":
             return rank.trial()
         if operation == "publish":
             rank.publish()
         elif operation != "state":
-            return {"error": f"unknown operation {operation!r}; known: apply, guard, publish, state"}
+            return {"error": f"unknown operation {operation!r}; known: apply, guard, publish, request, state"}
         return rank.state()
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}

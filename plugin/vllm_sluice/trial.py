@@ -29,10 +29,9 @@ class TrialMeter:
         labels = [of_request.get(ARGUMENT) for of_request in arguments]
         if not any(labels):
             return
-        generates = batch.computed + np.diff(batch.starts) >= batch.prompts
         groups = np.full(len(labels), _NO_GROUP, dtype=np.int64)
         for index, label in enumerate(labels):
-            if label is None or not generates[index]:
+            if label is None or not batch.generates[index]:
                 continue
             number, _, group = str(label).partition(":")
             if int(number) > self._number:

@@ -193,7 +193,7 @@ def test_without_probes_and_with_a_preempted_request(make_engine, twin_gated, pr
 @pytest.mark.parametrize(
     ("arguments", "variables", "message"),
     [
-        ({"sluice.gates": True}, PER_REQUEST, "sluice.gates: unknown key; known: sluice.gate"),
+        ({"sluice.gates": True}, PER_REQUEST, "sluice.gates: unknown key; known: sluice.gate, sluice.stats"),
         ({"sluice.gate": "off"}, PER_REQUEST, "sluice.gate: true or false expected, found 'off'"),
         ({"sluice.gate": 2}, PER_REQUEST, "sluice.gate: true or false expected, found 2"),
         ({"sluice.gate": False}, {}, "sluice.gate: this server does not let requests choose; it needs control.per_req"),

@@ -13,16 +13,18 @@ from tokenizers import Tokenizer
 
 from tests.conftest import passages
 from tests.engine.expected import expected
+from tests.engine.test_request_statistics import check as check_request
 from tests.engine.test_statistics import FLOAT32, check
 from tests.serving.server import Server
 from tests.serving.test_control import EXACT, TOKEN, apart, logprobs, request, switch
 from tests.serving.test_server import SETTINGS
 from vllm_sluice.lab.export import export
+from vllm_sluice.lab.reference import reference_model, reference_trace
 from vllm_sluice.lab.twin import Twin, TwinConfig
 
 pytestmark = pytest.mark.serving
 
-CONTROLLED = {**SETTINGS, "control": {"changes_per_minute": 100_000}}
+CONTROLLED = {**SETTINGS, "control": {"changes_per_minute": 100_000, "per_request": True}}
 OPTIONS = ["--dtype", "float32", "--enforce-eager", "--max-num-batched-tokens", "64", "--no-enable-prefix-caching"]
 
 
@@ -42,12 +44,27 @@ def four_heads(request: pytest.FixtureRequest, twin_gated: Path, tmp_path_factor
 @pytest.fixture
 def two_ranks(four_heads: Path, tmp_path: Path) -> Iterator[Server]:
     server = Server(
-        four_heads, tmp_path, SETTINGS, [*OPTIONS, "--tensor-parallel-size", "2", "--api-server-count", "2"],
+        four_heads, tmp_path, {**SETTINGS, "control": {"per_request": True}},
+        [*OPTIONS, "--tensor-parallel-size", "2", "--api-server-count", "2"],
         {"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
     )  # fmt: skip
     server.wait()
     yield server
     server.stop()
+
+
+def requests_get_their_own_statistics(server: Server, model: Path) -> None:
+    """Four requests at once that ask, through whichever API server and engine, against the Hugging Face model."""
+    reference = reference_model(model, dtype=torch.float32)
+    with ThreadPoolExecutor(4) as pool:
+        asked = [
+            pool.submit(server.complete, text[:300], 8, vllm_xargs={"sluice.stats": True}) for text in passages()[40:44]
+        ]
+        answers = [one.result(120) for one in asked]
+    for answer in answers:
+        choice = answer["choices"][0]
+        ids = [*choice["prompt_token_ids"], *choice["token_ids"][:-1]]
+        check_request(answer["kv_transfer_params"]["sluice"], reference_trace(reference, ids), len(ids))
 
 
 def test_two_ranks_and_two_api_servers_report_as_one_model(two_ranks, four_heads):
@@ -61,6 +78,7 @@ def test_two_ranks_and_two_api_servers_report_as_one_model(two_ranks, four_heads
         assert metrics["attention_heads", "000"] == 4
         assert {key[1] for key in metrics if key[0] == "snapshot_age_seconds"} == {"pp0-tp0", "pp0-tp1"}
         assert metrics["patch_enabled", "gate"] == 1
+    requests_get_their_own_statistics(two_ranks, four_heads)
 
 
 def both_follow_a_switch(server: Server, ranks: int) -> None:
@@ -101,6 +119,7 @@ def test_two_pipeline_stages_and_two_api_servers(twin_gated, tmp_path):
         metrics = server.metrics()
         check(metrics, expected(twin_gated, sent), {"default": FLOAT32})
         assert {key[1] for key in metrics if key[0] == "snapshot_age_seconds"} == {"pp0-tp0", "pp1-tp0"}
+        requests_get_their_own_statistics(server, twin_gated)
         both_follow_a_switch(server, ranks=2)
     finally:
         server.stop()
@@ -131,6 +150,7 @@ def test_two_engines_are_told_apart(twin_gated, tmp_path):
         assert set(found) == {"0", "1"}
         assert sum(found.values()) == 8
         assert all(found.values()), "the load balancer gave one engine nothing"
+        requests_get_their_own_statistics(server, twin_gated)
         both_follow_a_switch(server, ranks=2)
     finally:
         server.stop()

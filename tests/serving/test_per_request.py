@@ -98,8 +98,13 @@ def test_choices_share_no_prefix_cache(server):
     assert min(again) >= 32
 
 
+BODIES: dict[str, dict[str, Any]] = {
+    "completions": {"prompt": "The"},
+    "chat/completions": {"messages": [{"role": "user", "content": "The"}]},
+    "responses": {"input": "The", "max_output_tokens": 6},
+}
 REFUSALS = [
-    ({"sluice.gates": True}, "sluice.gates: unknown key; known: sluice.gate"),
+    ({"sluice.gates": True}, "sluice.gates: unknown key; known: sluice.gate, sluice.stats"),
     ({"sluice.gate": "off"}, "sluice.gate: true or false expected, found 'off'"),
     ({"sluice.gate": [0, 1]}, "sluice.gate: true or false expected, found [0, 1]"),
 ]
@@ -109,12 +114,7 @@ REFUSALS = [
 @pytest.mark.parametrize(("arguments", "message"), REFUSALS)
 @pytest.mark.parametrize("api", ["completions", "chat/completions", "responses"])
 def test_a_refusal_is_a_400_that_says_what_is_allowed(server, api, arguments, message, stream):
-    body: dict[str, Any] = {
-        "completions": {"prompt": "The"},
-        "chat/completions": {"messages": [{"role": "user", "content": "The"}]},
-        "responses": {"input": "The", "max_output_tokens": 6},
-    }[api]
-    status, answer = post(server, f"/v1/{api}", stream=stream, vllm_xargs=arguments, **body)
+    status, answer = post(server, f"/v1/{api}", stream=stream, vllm_xargs=arguments, **BODIES[api])
     assert status == 400
     assert message in answer["error"]["message"]
     assert answer["error"]["param"] == "vllm_xargs"
@@ -128,10 +128,45 @@ def test_beam_search_cannot_choose(server):
     assert status == 200
 
 
-def test_a_salt_that_imitates_a_choice_is_a_400(server):
-    status, answer = post(server, "/v1/completions", prompt="The", cache_salt="sluice:gate=0")
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_a_salt_that_imitates_a_choice_is_a_400(server, stream):
+    status, answer = post(server, "/v1/completions", prompt="The", cache_salt="sluice:gate=0", stream=stream)
     assert (status, answer["error"]["param"]) == (400, "cache_salt")
     assert "contains 'sluice:'" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize("api", ["completions", "chat/completions", "responses"])
+def test_a_request_gets_its_own_statistics(server, api):
+    body = BODIES[api]
+    status, plain = post(server, f"/v1/{api}", **body)
+    assert status == 200
+    assert not plain.get("kv_transfer_params")
+    status, answer = post(server, f"/v1/{api}", vllm_xargs={"sluice.stats": True, "sluice.gate": False}, **body)
+    assert status == 200
+    usage = answer["usage"]
+    names = ("input_tokens", "output_tokens") if api == "responses" else ("prompt_tokens", "completion_tokens")
+    found = answer["kv_transfer_params"]["sluice"]
+    assert found["tokens"] == sum(usage[name] for name in names) - 1
+    assert 0 < found["queries_sampled"] <= found["tokens"] - 1
+    assert sorted(found["layers"]) == ["gate_mean", "max_activation", "sink_mass"]
+    assert found["max_activation"]["value"] == max(found["layers"]["max_activation"].values())
+    assert 0 < found["sink_mass"] < 1 > found["gate_mean"] > 0
+
+
+def test_answers_that_cannot_carry_statistics_are_a_400(server):
+    asks = {"vllm_xargs": {"sluice.stats": True}}
+    for body, message in (
+        ({"prompt": "The", "stream": True}, "a streamed answer cannot carry them; drop stream"),
+        ({"prompt": ["The", "A"]}, "one answer to 2 prompts cannot carry them"),
+        ({"prompt": [[5, 6], [7]]}, "one answer to 2 prompts cannot carry them"),
+        ({"prompt": "The", "use_beam_search": True, "n": 2}, "vLLM's beam search ignores vllm_xargs"),
+    ):
+        status, answer = post(server, "/v1/completions", **asks, **body)
+        assert (status, answer["error"]["param"]) == (400, "vllm_xargs")
+        assert message in answer["error"]["message"]
+    status, answer = post(server, "/v1/completions", prompt=[5, 6, 7], **asks)
+    assert status == 200
+    assert answer["kv_transfer_params"]["sluice"]["tokens"] == answer["usage"]["total_tokens"] - 1
 
 
 def test_arguments_of_others_are_let_through(server):

@@ -1,5 +1,6 @@
 """What a request may ask for in `vllm_xargs`: checked in the API server, before the request reaches the engine.
 
+`{"sluice.stats": true}` asks for the request's own statistics, which come back with the answer.
 `{"sluice.gate": false}` chooses whether the patch `gate` acts on this request. Cached keys and values hold for one
 state of the patches only, so a request that chooses gets a cache salt that names its choice; one that does not shares
 the cache of the server's own state.
@@ -14,11 +15,14 @@ from typing import Any
 
 from vllm_sluice import compat
 from vllm_sluice.control.guard import ARGUMENT, group_of
+from vllm_sluice.telemetry import request_summary
 from vllm_sluice.telemetry.collector import SnapshotCollector
+from vllm_sluice.telemetry.request_summary import is_ticket
 
 PREFIX = "sluice."
 """Every key that begins so is Sluice's."""
 
+STATISTICS = request_summary.ARGUMENT
 _ARGUMENTS = "vllm_xargs"
 _SALT = "sluice:"
 _SALT_LENGTH = 128
@@ -32,6 +36,14 @@ def key(kind: str) -> str:
     return f"{PREFIX}{kind}"
 
 
+def ask_for_statistics(arguments: Mapping[str, Any]) -> tuple[Mapping[str, Any], str] | None:
+    """Return a request's arguments with a ticket in them, and the ticket, if it asks for its own statistics."""
+    if arguments.get(STATISTICS) not in (True, 1):
+        return None
+    ticket = request_summary.new_ticket()
+    return {**arguments, STATISTICS: ticket}, ticket
+
+
 class RequestCheck:
     """Checks the arguments of requests and gives each combination of choices its own part of the prefix cache.
 
@@ -43,15 +55,18 @@ class RequestCheck:
         All patch kinds.
     installed
         Returns the kinds that are installed in this server.
+    probes
+        Whether there are probes, without which there are no statistics.
     trial
         Returns the guard's trial under way (`journal.Record.guard`), or None; None if there is no guard.
     """
 
     def __init__(
         self, enabled: bool, kinds: Sequence[str], installed: Callable[[], Collection[str]],
-        trial: Callable[[], Mapping[str, Any] | None] | None = None,
+        trial: Callable[[], Mapping[str, Any] | None] | None = None, probes: bool = True,
     ) -> None:
         self._enabled = enabled
+        self._probes = probes
         self._kinds = {key(kind): kind for kind in kinds}
         self._installed = installed
         self._trial = trial
@@ -69,15 +84,28 @@ class RequestCheck:
         for name, value in ours.items():
             if problem := self._problem(name, value):
                 raise compat.bad_request(problem, _ARGUMENTS)
-        return {self._kinds[name]: bool(value) for name, value in ours.items()}
+        return {self._kinds[name]: bool(value) for name, value in ours.items() if name in self._kinds}
 
-    def validate_openai(self, arguments: Mapping[str, Any], beam_search: bool) -> None:
-        """Check the arguments of an OpenAI request as `validate` does; vLLM's beam search would drop them."""
-        if self.validate(arguments) and beam_search:
-            names = ", ".join(sorted(name for name in arguments if name.startswith(PREFIX)))
-            raise compat.bad_request(
-                f"{names}: vLLM's beam search ignores {_ARGUMENTS}; drop use_beam_search or the choice", _ARGUMENTS
-            )
+    def validate_openai(self, request: compat.OpenAIRequest) -> None:
+        """Check the arguments of an OpenAI request as `validate` does, and whether its answer can hold what it asks.
+
+        VLLM's beam search would drop the arguments; a streamed answer has no place for statistics, and one answer to
+        several prompts has one place for all.
+        """
+        self._refuse_imitation(request.salt)
+        arguments = request.arguments
+        names = sorted(name for name in arguments if name.startswith(PREFIX))
+        self.validate(arguments)
+        if names and request.beam_search:
+            problem = f"vLLM's beam search ignores {_ARGUMENTS}; drop use_beam_search or the choice"
+            raise compat.bad_request(f"{', '.join(names)}: {problem}", _ARGUMENTS)
+        if not arguments.get(STATISTICS):
+            return
+        if request.streamed:
+            raise compat.bad_request(f"{STATISTICS}: a streamed answer cannot carry them; drop stream", _ARGUMENTS)
+        if request.prompts > 1:
+            problem = f"one answer to {request.prompts} prompts cannot carry them; send a request for each"
+            raise compat.bad_request(f"{STATISTICS}: {problem}", _ARGUMENTS)
 
     def admit(
         self, request_id: str, arguments: Mapping[str, Any], salt: str | None, streams: bool = False
@@ -89,14 +117,12 @@ class RequestCheck:
         Exception
             As `validate` does, and if the request's own salt imitates one of Sluice's.
         """
-        guarded = self._trial is not None
-        # Before a trial too: what was cached under such a salt would be taken for the canary's.
-        if (self._enabled or guarded) and salt is not None and _SALT in salt:
-            raise compat.bad_request(f"cache_salt {salt!r} contains {_SALT!r}, which Sluice adds itself", "cache_salt")
+        self._refuse_imitation(salt)
         chosen = self.validate(arguments)
         if self._is_stream(request_id, streams):
-            if chosen:
-                raise compat.bad_request(f"{sorted(chosen)[0]}: a streamed input cannot choose", _ARGUMENTS)
+            if chosen or arguments.get(STATISTICS):
+                names = sorted(name for name in arguments if name.startswith(PREFIX))
+                raise compat.bad_request(f"{names[0]}: a streamed input cannot choose", _ARGUMENTS)
             return arguments, salt
         trial = self._trial() if self._trial is not None else None
         if trial and not chosen:
@@ -106,6 +132,12 @@ class RequestCheck:
                 chosen = {trial["patch"]: bool(trial["enabled"])}
                 arguments[key(trial["patch"])] = int(trial["enabled"])
         return arguments, self._salt(chosen, salt)
+
+    def _refuse_imitation(self, salt: str | None) -> None:
+        guarded = self._trial is not None
+        # Before a trial too: what was cached under such a salt would be taken for the canary's.
+        if (self._enabled or guarded) and salt is not None and _SALT in salt:
+            raise compat.bad_request(f"cache_salt {salt!r} contains {_SALT!r}, which Sluice adds itself", "cache_salt")
 
     def _is_stream(self, request_id: str, streams: bool) -> bool:
         """Tell whether this is a part of an input that comes in parts, which keep the first part's salt.
@@ -135,10 +167,17 @@ class RequestCheck:
     def _problem(self, name: str, value: Any) -> str | None:
         if not self._enabled:
             return f"{name}: this server does not let requests choose; it needs control.per_request: true and a restart"
-        if name not in self._kinds:
-            return f"{name}: unknown key; known: {', '.join(sorted(self._kinds))}"
-        if not isinstance(value, int) or value not in (0, 1):  # vLLM turns JSON's true and false into 1 and 0
+        if name not in (STATISTICS, *self._kinds):
+            return f"{name}: unknown key; known: {', '.join(sorted((STATISTICS, *self._kinds)))}"
+        truth = isinstance(value, int) and value in (0, 1)  # vLLM turns JSON's true and false into 1 and 0
+        ticketed = name == STATISTICS and is_ticket(value)  # `ask_for_statistics` put it there
+        if not truth and not ticketed:
             return f"{name}: true or false expected, found {value!r}"
+        if name == STATISTICS:
+            return None if self._probes else f"{name}: no probe is configured in this server (probes.*.install)"
+        return self._not_installed(name)
+
+    def _not_installed(self, name: str) -> str | None:
         installed = self._installed()
         if self._kinds[name] not in installed:
             return (

@@ -65,6 +65,25 @@ def accumulate(
     )
 
 
+def row_maxima(hidden: torch.Tensor, classes: torch.Tensor, largest: torch.Tensor, channel: torch.Tensor) -> None:
+    """Write the largest |h| of each row and its channel. Traced into the model's graph.
+
+    Parameters
+    ----------
+    hidden, classes
+        As in `accumulate`. Non-finite entries and `IGNORED` rows count as 0.
+    largest
+        float32, [>= tokens]; written in its first rows.
+    channel
+        int64, [>= tokens]; the first channel that holds the largest value.
+    """
+    x = hidden.float()
+    counted = torch.isfinite(x) & (classes < IGNORED).unsqueeze(1)
+    found = torch.where(counted, x, 0.0).abs().max(dim=1)
+    largest[: len(x)] = found.values
+    channel[: len(x)] = found.indices
+
+
 @dataclass(frozen=True)
 class ResidualReference:
     """Float64 statistics of one layer's hidden state."""

@@ -6,7 +6,7 @@ forward pass their probabilities are recomputed from the paged KV cache, whose b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -45,20 +45,26 @@ class QueryCopy(nn.Module):
 
 
 class InstalledAttention(Probe):
-    """The installed `attention` probe of one rank."""
+    """The installed `attention` probe of one rank.
+
+    `by_request` doubles the sampled queries: the second half is for requests that ask for their own statistics, so
+    that they do not weigh more than others in the server's.
+    """
 
     kind = "attention"
     reductions: ClassVar[dict[str, Reduction]] = {"sums": "sum", "queries": "sum", "phases": "sum"}
 
     def __init__(self, settings: AttentionProbe, sites: list[AttentionSite], dtype: torch.dtype,
-                 device: torch.device) -> None:
+                 device: torch.device, by_request: bool = False) -> None:
         self.runtime = {}
         self.set(runtime_values(settings))
         self._settings = settings
         self._sites = sites
         self.layers = [site.layer for site in sites]
         self._shapes: list[AttentionShape] = [compat.attention_shape(site.attention) for site in sites]
-        self._sample = torch.zeros(settings.queries, dtype=torch.int64, device=device)
+        self._sample = torch.zeros(settings.queries * (1 + by_request), dtype=torch.int64, device=device)
+        self._by_request = by_request
+        self._asked = np.zeros(0, dtype=np.int64)
         self._copies = [QueryCopy(site, self._sample, dtype) for site in sites]
         heads = max(site.heads for site in sites)
         self._sums = torch.zeros(len(sites), 3, heads, dtype=torch.float64, device=device)
@@ -74,16 +80,26 @@ class InstalledAttention(Probe):
         self._chosen = self._chosen[:0]
         if not batch.attention or not self.pace.due():
             return
-        rows = np.arange(batch.tokens)
+        self._chosen = self._choose(batch, np.arange(batch.tokens))
+        self._write(0, self._chosen)
+
+    def before_requests(self, batch: Batch, rows: Sequence[slice]) -> None:
+        """Choose queries of the asking requests, by the same rule."""
+        self._asked = self._asked[:0]
+        if batch.attention:
+            self._asked = self._choose(batch, np.concatenate([np.arange(own.start, own.stop) for own in rows]))
+            self._write(self._settings.queries, self._asked)
+
+    def _choose(self, batch: Batch, rows: np.ndarray) -> np.ndarray:
         position = batch.position_of(rows)
         eligible = rows[(position >= 1) & (position < self._settings.max_context)]
-        count = min(len(self._sample), len(eligible))
-        if count == 0:
-            return
-        self._chosen = eligible[((np.arange(count) + 0.5) * len(eligible) / count).astype(np.int64)]
-        padded = np.zeros(len(self._sample), dtype=np.int64)
-        padded[:count] = self._chosen
-        self._sample.copy_(torch.from_numpy(padded), non_blocking=True)
+        count = min(self._settings.queries, len(eligible))
+        return eligible[((np.arange(count) + 0.5) * len(eligible) / max(count, 1)).astype(np.int64)]
+
+    def _write(self, first: int, rows: np.ndarray) -> None:
+        padded = np.zeros(self._settings.queries, dtype=np.int64)
+        padded[: len(rows)] = rows
+        self._sample[first : first + len(padded)].copy_(torch.from_numpy(padded), non_blocking=True)
 
     def after(self, batch: Batch) -> None:
         """Recompute the probabilities of the chosen queries and add their summaries."""
@@ -93,15 +109,63 @@ class InstalledAttention(Probe):
         try:
             self._add(batch)
         finally:
-            self._sample.zero_()  # an index beyond the next, smaller batch would stop the model
+            # An index beyond the next, smaller batch would stop the model.
+            self._sample[: self._settings.queries].zero_()
             self.pace.sampled(began)
 
+    def request_record(self) -> dict[str, torch.Tensor]:
+        """Make accumulators of a request: mass on position 0 over heads and queries, float64, and queries, each [L]."""
+        if not self._by_request:
+            return {}
+        layers, device = len(self._sites), self._sample.device
+        return {
+            "sink_mass": torch.zeros(layers, dtype=torch.float64, device=device),
+            "queries": torch.zeros(layers, dtype=torch.int64, device=device),
+        }
+
+    def add_requests(
+        self, batch: Batch, rows: Sequence[slice], records: Sequence[dict[str, torch.Tensor]]
+    ) -> None:
+        """Recompute the probabilities of the asking requests' queries and add the mass on position 0."""
+        if len(self._asked) == 0:
+            return
+        spans = [slice(*np.searchsorted(self._asked, (own.start, own.stop)).tolist()) for own in rows]
+        try:
+            for index, summary, counted in self._summaries(batch, self._settings.queries, self._asked):
+                mass = summary[0].sum(dim=1)
+                for span, record in zip(spans, records, strict=True):
+                    record["sink_mass"][index] += mass[span].sum()
+                    record["queries"][index] += counted[span].sum()
+        finally:
+            self._sample[self._settings.queries :].zero_()
+
+    def request_values(self, record: Record) -> dict[int, list[float]]:
+        """Return by layer: mass on position 0 summed over heads and queries, heads times queries, and queries."""
+        columns = zip(self._sites, record["sink_mass"].tolist(), record["queries"].tolist(), strict=True)
+        return {site.layer: [mass, queries * site.heads, queries] for site, mass, queries in columns if queries}
+
     def _add(self, batch: Batch) -> None:
-        request, position = batch.request_of(self._chosen), batch.position_of(self._chosen)
+        for index, summary, counted in self._summaries(batch, 0, self._chosen):
+            self._sums[index, :, : summary.shape[2]] += summary.sum(dim=1)
+            self._queries[index] += counted.sum()
+        position, prompts = batch.position_of(self._chosen), batch.prompts[batch.request_of(self._chosen)]
+        prefill = int((position < prompts).sum())
+        self._phases += (prefill, len(self._chosen) - prefill)
+
+    def _summaries(
+        self, batch: Batch, first: int, rows: np.ndarray
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Recompute the queries of `rows`, which `_write(first, rows)` had copied.
+
+        Yields index of the site, `ops.attention.summarise` in float64 with 0 for queries that do not count,
+        [3, queries, heads], and whether they count, int64, [queries].
+        """
+        request, position = batch.request_of(rows), batch.position_of(rows)
         device = self._sample.device
         requests = torch.from_numpy(request.astype(np.int64)).to(device, non_blocking=True)
+        copied = slice(first, first + len(rows))
         # From the device: with speculative decoding the host's count of computed tokens may lag.
-        positions = batch.positions[self._sample[: len(self._chosen)]].long()
+        positions = batch.positions[self._sample[copied]].long()
         longest = int(position.max()) + 1
         for index, (site, shape, copy) in enumerate(zip(self._sites, self._shapes, self._copies, strict=True)):
             counted = torch.ones_like(positions)
@@ -110,14 +174,8 @@ class InstalledAttention(Probe):
             blocks = -(-longest // compat.block_size(site.attention))
             table = compat.block_table(batch.attention[site.name])[requests, :blocks].long()
             keys = compat.cached_keys(site.attention, table)
-            probability = probabilities(
-                copy.queries[: len(positions)], keys, positions, shape.scale, shape.soft_cap
-            )
-            summary = summarise(probability, positions).double() * counted.view(1, -1, 1)
-            self._sums[index, :, : site.heads] += summary.sum(dim=1)
-            self._queries[index] += counted.sum()
-        prefill = int((position < batch.prompts[request]).sum())
-        self._phases += (prefill, len(self._chosen) - prefill)
+            probability = probabilities(copy.queries[copied], keys, positions, shape.scale, shape.soft_cap)
+            yield index, summarise(probability, positions).double() * counted.view(1, -1, 1), counted
 
     def set(self, values: Mapping[str, Any]) -> None:
         """Take `enabled` and `interval_seconds`."""

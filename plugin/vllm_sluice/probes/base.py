@@ -7,7 +7,7 @@ by the reduction that the probe declares for each name. Nothing between two take
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -64,6 +64,22 @@ class Probe(ABC):
         numpy.ndarray
             float64, [series]; NaN where there is nothing to report.
         """
+
+    def request_record(self) -> dict[str, torch.Tensor]:
+        """Make accumulators for one request that asks for its own statistics; empty if the probe has none for it."""
+        return {}
+
+    def before_requests(self, batch: Batch, rows: Sequence[slice]) -> None:  # noqa: B027 - most have nothing to choose
+        """Get ready for requests in the coming pass that ask, `rows` of the batch each; after `before`."""
+
+    def add_requests(  # noqa: B027 - a probe without request_record has nothing to add
+        self, batch: Batch, rows: Sequence[slice], records: Sequence[dict[str, torch.Tensor]]
+    ) -> None:
+        """Add what the pass showed of each asking request to its record. Must not wait for the device."""
+
+    def request_values(self, record: Record) -> dict[int, list[float]]:
+        """Turn a request's record into plain numbers by layer, which `telemetry.request_summary` puts together."""
+        return {}
 
     def set(self, values: Mapping[str, Any]) -> None:
         """Take run-time values: `enabled` and the kind's own."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -19,15 +20,22 @@ from vllm_sluice.telemetry.snapshot import Series
 
 
 class GateObserver(nn.Module):
-    """Accumulators of one layer: sum of gates, and counts of closed and of all gates."""
+    """Accumulators of one layer: sum of gates, and counts of closed and of all gates.
+
+    With `by_row` also the mean gate of each row of the pass, [max_tokens].
+    """
 
     classes: torch.Tensor
     sums: torch.Tensor
     counts: torch.Tensor
+    means: torch.Tensor
 
-    def __init__(self, rows: Rows, closed_below: float) -> None:
+    def __init__(self, rows: Rows, closed_below: float, by_row: bool) -> None:
         super().__init__()
         device = rows.device
+        self.by_row = by_row
+        if by_row:
+            self.register_buffer("means", torch.zeros(rows.max_tokens, device=device), persistent=False)
         self.closed_below = closed_below
         self.register_buffer("classes", rows.classes("gate"), persistent=False)
         self.register_buffer("sums", torch.zeros(1, dtype=torch.float64, device=device), persistent=False)
@@ -39,19 +47,23 @@ class GateObserver(nn.Module):
         self.sums.add_(torch.where(looked_at, gate, 0.0).sum().double())
         closed = ((gate < self.closed_below) & looked_at).sum()
         self.counts.add_(torch.stack([closed, looked_at.sum() * gate.shape[1]]))
+        if self.by_row:
+            self.means[: gate.shape[0]] = gate.mean(dim=1)
 
 
 class InstalledGateProbe(Probe):
-    """The installed `gate` probe of one rank."""
+    """The installed `gate` probe of one rank; `by_row` for requests that ask for their own statistics."""
 
     kind = "gate"
     reductions: ClassVar[dict[str, Reduction]] = {"sums": "sum", "counts": "sum"}
 
-    def __init__(self, settings: GateProbe, patch: InstalledGate, rows: Rows) -> None:
+    def __init__(self, settings: GateProbe, patch: InstalledGate, rows: Rows, by_row: bool = False) -> None:
         self.runtime = {}
         self.set(runtime_values(settings))
         self.layers = list(patch.layers)
-        self._observers = [GateObserver(rows, settings.closed_below) for _ in self.layers]
+        self._observers = [GateObserver(rows, settings.closed_below, by_row) for _ in self.layers]
+        self._by_row = by_row
+        self._gates = [len(patch.layers[layer].weight) for layer in self.layers]
         for layer, observer in zip(self.layers, self._observers, strict=True):
             patch.layers[layer].observer = observer
 
@@ -60,6 +72,29 @@ class InstalledGateProbe(Probe):
 
     def after(self, batch: Batch) -> None:
         """Nothing to add: all is done in the graph."""
+
+    def request_record(self) -> dict[str, torch.Tensor]:
+        """Make accumulators of a request: sum of row means, float64, and rows, int64, each [L]."""
+        if not self._by_row:
+            return {}
+        layers, device = len(self.layers), self._observers[0].sums.device
+        return {
+            "sums": torch.zeros(layers, dtype=torch.float64, device=device),
+            "rows": torch.zeros(layers, dtype=torch.int64, device=device),
+        }
+
+    def add_requests(
+        self, batch: Batch, rows: Sequence[slice], records: Sequence[dict[str, torch.Tensor]]
+    ) -> None:
+        """Add the gates of each request's rows."""
+        for own, record in zip(rows, records, strict=True):
+            record["sums"] += torch.stack([observer.means[own] for observer in self._observers]).double().sum(dim=1)
+            record["rows"] += own.stop - own.start
+
+    def request_values(self, record: Record) -> dict[int, list[float]]:
+        """Return sum and number of gates by layer."""
+        columns = zip(self.layers, self._gates, record["sums"].tolist(), record["rows"].tolist(), strict=True)
+        return {layer: [total * gates, rows * gates] for layer, gates, total, rows in columns}
 
     def take(self) -> dict[str, torch.Tensor]:
         """Return and reset: sums [L, 1], counts [L, 2] (closed, all)."""

@@ -65,7 +65,8 @@ class ProbeSet:
     def _residual(self, config: Config, model: nn.Module, load: Load) -> Probe:
         taps = find_taps(model, load)
         rows = self._shared_rows(config, load)
-        return InstalledResidual(config.probes.residual, taps, load.hidden_size, rows, load.dtype)
+        by_row = config.control.per_request
+        return InstalledResidual(config.probes.residual, taps, load.hidden_size, rows, load.dtype, by_row)
 
     def _attention(self, config: Config, model: nn.Module, load: Load) -> Probe:
         usable, problems = [], []
@@ -79,9 +80,12 @@ class ProbeSet:
             compat.logger.warning("sluice: attention is not sampled on %s", "; ".join(problems))
         if not usable:
             raise ProbeUnavailable("no layer's attention can be recomputed")
-        return InstalledAttention(config.probes.attention, usable, load.dtype, load.device)
+        return InstalledAttention(
+            config.probes.attention, usable, load.dtype, load.device, config.control.per_request
+        )
 
     def _gate(self, config: Config, load: Load, patch: InstalledPatch) -> Probe:
         if not isinstance(patch, InstalledGate):
             raise ProbeUnavailable("the gate patch is not installed")
-        return InstalledGateProbe(config.probes.gate, patch, self._shared_rows(config, load))
+        rows = self._shared_rows(config, load)
+        return InstalledGateProbe(config.probes.gate, patch, rows, config.control.per_request)

@@ -6,7 +6,7 @@ after the forward pass: the sampled rows enter a histogram, from which the media
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import nn
 from vllm_sluice.compat import Batch
 from vllm_sluice.config import ResidualProbe, runtime_values
 from vllm_sluice.ops.histogram import BINS, add_to_histogram, quantile
-from vllm_sluice.ops.residual import POSITION_CLASSES, accumulate
+from vllm_sluice.ops.residual import POSITION_CLASSES, accumulate, row_maxima
 from vllm_sluice.probes.base import Probe, Record, Reduction
 from vllm_sluice.probes.pace import Pace
 from vllm_sluice.probes.rows import Rows
@@ -29,7 +29,10 @@ _PER_LAYER = ("abs_max", "median", "max_to_median_ratio", "rms", "kurtosis")
 
 
 class ResidualObserver(nn.Module):
-    """Accumulators of one layer; called in the graph with the hidden state, [tokens, hidden]."""
+    """Accumulators of one layer; called in the graph with the hidden state, [tokens, hidden].
+
+    With `by_row` also the largest |h| of each row of the pass and its channel, [max_tokens].
+    """
 
     classes: torch.Tensor
     sample: torch.Tensor
@@ -38,10 +41,17 @@ class ResidualObserver(nn.Module):
     moments: torch.Tensor
     counts: torch.Tensor
     sampled: torch.Tensor
+    largest: torch.Tensor
+    channel: torch.Tensor
 
-    def __init__(self, hidden: int, rows: Rows, sample: torch.Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, hidden: int, rows: Rows, sample: torch.Tensor, dtype: torch.dtype, by_row: bool) -> None:
         super().__init__()
         device = rows.device
+        self.by_row = by_row
+        if by_row:
+            self.register_buffer("largest", torch.zeros(rows.max_tokens, device=device), persistent=False)
+            channels = torch.zeros(rows.max_tokens, dtype=torch.int64, device=device)
+            self.register_buffer("channel", channels, persistent=False)
         self.register_buffer("classes", rows.classes("residual"), persistent=False)
         self.register_buffer("sample", sample, persistent=False)
         self.register_buffer("threshold", torch.full((1,), torch.inf, device=device), persistent=False)
@@ -57,17 +67,22 @@ class ResidualObserver(nn.Module):
             hidden, self.classes[: hidden.shape[0]], self.threshold, self.channel_max, self.moments, self.counts
         )
         self.sampled.copy_(hidden.index_select(0, self.sample))
+        if self.by_row:
+            row_maxima(hidden, self.classes[: hidden.shape[0]], self.largest, self.channel)
 
 
 class InstalledResidual(Probe):
-    """The installed `residual` probe of one rank."""
+    """The installed `residual` probe of one rank; `by_row` for requests that ask for their own statistics."""
 
     kind = "residual"
     reductions: ClassVar[dict[str, Reduction]] = {
         "channel_max": "max", "moments": "sum", "counts": "sum", "histogram": "sum", "tokens": "sum",
     }  # fmt: skip
 
-    def __init__(self, settings: ResidualProbe, taps: list[Tap], hidden: int, rows: Rows, dtype: torch.dtype) -> None:
+    def __init__(
+        self, settings: ResidualProbe, taps: list[Tap], hidden: int, rows: Rows, dtype: torch.dtype,
+        by_row: bool = False,
+    ) -> None:
         device = rows.device
         self.runtime = {}
         self.set(runtime_values(settings))
@@ -79,7 +94,8 @@ class InstalledResidual(Probe):
         self._weight = torch.zeros(settings.sample_rows, dtype=torch.int64, device=device)
         self._histogram = torch.zeros(len(taps), BINS, dtype=torch.int64, device=device)
         self._prefill = self._decode = self._starts = 0
-        self._observers = [ResidualObserver(hidden, rows, self._sample, dtype) for _ in taps]
+        self._by_row = by_row
+        self._observers = [ResidualObserver(hidden, rows, self._sample, dtype, by_row) for _ in taps]
         for tap, observer in zip(taps, self._observers, strict=True):
             listen(tap, observer)
 
@@ -112,6 +128,39 @@ class InstalledResidual(Probe):
         finally:
             self._sample.zero_()  # an index beyond the next, smaller batch would stop the model
             self.pace.sampled(began)
+
+    def request_record(self) -> dict[str, torch.Tensor]:
+        """Make accumulators of a request: largest |h| so far, float32, its position and channel, int64, each [L]."""
+        if not self._by_row:
+            return {}
+        layers, device = len(self.layers), self._sample.device
+        return {
+            "largest": torch.full((layers,), -1.0, device=device),
+            "position": torch.zeros(layers, dtype=torch.int64, device=device),
+            "channel": torch.zeros(layers, dtype=torch.int64, device=device),
+        }
+
+    def add_requests(
+        self, batch: Batch, rows: Sequence[slice], records: Sequence[dict[str, torch.Tensor]]
+    ) -> None:
+        """Keep the largest value of each request, layer by layer, and where it was; the first of equal ones."""
+        for own, record in zip(rows, records, strict=True):
+            largest = torch.stack([observer.largest[own] for observer in self._observers])
+            channel = torch.stack([observer.channel[own] for observer in self._observers])
+            value, row = largest.max(dim=1)
+            found = {
+                "largest": value,
+                "position": batch.positions[own].long()[row],
+                "channel": channel.gather(1, row.unsqueeze(1))[:, 0],
+            }
+            better = value > record["largest"]
+            for name, tensor in record.items():
+                tensor.copy_(torch.where(better, found[name], tensor))
+
+    def request_values(self, record: Record) -> dict[int, list[float]]:
+        """Return largest |h|, position and channel by layer."""
+        columns = zip(self.layers, *(record[name].tolist() for name in ("largest", "position", "channel")), strict=True)
+        return {layer: [value, position, channel] for layer, value, position, channel in columns if value >= 0}
 
     def set(self, values: Mapping[str, Any]) -> None:
         """Take `enabled` and `interval_seconds`."""

@@ -16,7 +16,7 @@ class Rows:
     """Position classes of the rows of a batch, int8 on the device, [max_tokens]; a copy for every probe."""
 
     def __init__(self, max_tokens: int, delimiter_ids: list[int], vocabulary: int, device: torch.device) -> None:
-        self._max_tokens = self._marked = max_tokens
+        self.max_tokens = self._marked = max_tokens
         self._classes: dict[str, torch.Tensor] = {}
         self._class_of = torch.full((vocabulary,), OTHER, dtype=torch.int8, device=device)
         self._class_of[torch.tensor(delimiter_ids, dtype=torch.int64, device=device)] = DELIMITER
@@ -29,7 +29,7 @@ class Rows:
     def classes(self, probe: str) -> torch.Tensor:
         """Return the position classes that a probe reads in the graph; the same tensor for the same probe."""
         if probe not in self._classes:
-            ignored = torch.full((self._max_tokens,), IGNORED, dtype=torch.int8, device=self.device)
+            ignored = torch.full((self.max_tokens,), IGNORED, dtype=torch.int8, device=self.device)
             self._classes[probe] = ignored
         return self._classes[probe]
 
