@@ -263,6 +263,8 @@ class Batch:
     ----------
     tokens
         Number of real tokens.
+    requests
+        The engine's name of each request.
     starts
         First row of each request and the end, [requests + 1], int.
     computed
@@ -282,6 +284,7 @@ class Batch:
     """
 
     tokens: int
+    requests: list[str]
     starts: np.ndarray
     computed: np.ndarray
     prompts: np.ndarray
@@ -362,8 +365,10 @@ def _batch(runner: Any) -> Batch:
     starts = runner.query_start_loc.np[: requests + 1].copy()
     metadata = get_forward_context().attn_metadata
     positions = runner.mrope_positions.gpu[0] if getattr(runner, "uses_mrope", False) else runner.positions
+    names = list(runner.input_batch.req_ids[:requests])
     return Batch(
         tokens=int(starts[-1]),
+        requests=names,
         starts=starts,
         computed=runner.input_batch.num_computed_tokens_cpu[:requests].copy(),
         prompts=runner.input_batch.num_prompt_tokens[:requests].copy(),
@@ -371,7 +376,7 @@ def _batch(runner: Any) -> Batch:
         positions=getattr(positions, "gpu", positions),
         ids=runner.input_ids.gpu,
         attention=metadata if isinstance(metadata, dict) else {},
-        arguments=lambda: [_arguments(runner.requests[request]) for request in runner.input_batch.req_ids[:requests]],
+        arguments=lambda: [_arguments(runner.requests[name]) for name in names],
     )
 
 
@@ -755,14 +760,12 @@ def on_openai_request(check: Callable[[OpenAIRequest], None]) -> None:
     def make(beam_search: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         def checked(original: Callable[..., Any]) -> Callable[..., Any]:
             def to_params(self: Any, *args: Any, **kwargs: Any) -> Any:
-                prompt = getattr(self, "prompt", None)
-                several = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
                 check(
                     OpenAIRequest(
                         arguments=self.vllm_xargs or {},
                         beam_search=beam_search,
                         streamed=bool(self.stream),
-                        prompts=len(prompt or []) if several else 1,
+                        prompts=_number_of_prompts(self),
                         salt=getattr(self, "cache_salt", None),
                     )
                 )
@@ -778,6 +781,15 @@ def on_openai_request(check: Callable[[OpenAIRequest], None]) -> None:
         _wrap(request, "to_beam_search_params", make(True))
 
 
+def _number_of_prompts(request: Any) -> int:
+    """Count the prompts of a completion request: texts, lists of token ids, and embeddings; chats have one."""
+    number = 0
+    for prompt in (getattr(request, "prompt", None), getattr(request, "prompt_embeds", None)):
+        several = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
+        number += len(prompt or []) if several else prompt is not None
+    return max(number, 1)
+
+
 Ask = Callable[[Mapping[str, Any]], tuple[Mapping[str, Any], str] | None]
 Summarise = Callable[[list[dict[str, Any]]], dict[str, Any]]
 _TICKETS = "_sluice_tickets"
@@ -789,8 +801,8 @@ def on_answer(ask: Ask, summarise: Summarise) -> None:
     `ask(extra_args)` returns the arguments to use and the request's ticket, or None if it does not ask.
     `summarise(replies)` becomes `kv_transfer_params["sluice"]` of the last output, which the OpenAI API returns where
     the answer is not streamed. All of the request's tokens are computed, whatever the prefix cache holds. Wraps
-    AsyncLLM.generate (v1/engine/async_llm.py), behind the API server, and LLMEngine.add_request and step
-    (v1/engine/llm_engine.py), behind `LLM`.
+    AsyncLLM.generate (v1/engine/async_llm.py), behind the API server, and LLMEngine.add_request, abort_request and
+    step (v1/engine/llm_engine.py), behind `LLM`.
     """
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -827,12 +839,22 @@ def on_answer(ask: Ask, summarise: Summarise) -> None:
     def make_add(original: Callable[..., Any]) -> Callable[..., Any]:
         def add_request(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
             asked = asking(params)
-            if asked is not None:
-                params, ticket = asked
-                self.__dict__.setdefault(_TICKETS, {})[request_id] = ticket
-            return original(self, request_id, prompt, params, *args, **kwargs)
+            if asked is None:
+                return original(self, request_id, prompt, params, *args, **kwargs)
+            name = original(self, request_id, prompt, asked[0], *args, **kwargs)
+            self.__dict__.setdefault(_TICKETS, {})[request_id] = asked[1]
+            return name
 
         return add_request
+
+    def make_abort(original: Callable[..., Any]) -> Callable[..., Any]:
+        def abort_request(self: Any, request_ids: Any, *args: Any, **kwargs: Any) -> Any:
+            names = list(request_ids)
+            for name in names:
+                self.__dict__.get(_TICKETS, {}).pop(name, None)
+            return original(self, names, *args, **kwargs)
+
+        return abort_request
 
     def make_step(original: Callable[..., Any]) -> Callable[..., Any]:
         def step(self: Any) -> Any:
@@ -851,6 +873,7 @@ def on_answer(ask: Ask, summarise: Summarise) -> None:
 
     _wrap(AsyncLLM, "generate", make_generate)
     _wrap(LLMEngine, "add_request", make_add)
+    _wrap(LLMEngine, "abort_request", make_abort)
     _wrap(LLMEngine, "step", make_step)
 
 
@@ -892,8 +915,6 @@ def server_registry() -> Any:
     from vllm.v1.metrics.prometheus import get_prometheus_registry
 
     return get_prometheus_registry()
-
-
 
 
 class EngineClients:

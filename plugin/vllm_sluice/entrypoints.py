@@ -76,20 +76,18 @@ def endpoint() -> Any:
 
 def _request_check() -> RequestCheck:
     from vllm_sluice.control.journal import Journal
-    from vllm_sluice.control.per_request import InstalledPatches, RequestCheck
+    from vllm_sluice.control.per_request import InstalledOnRanks, RequestCheck
     from vllm_sluice.patches.installer import patch_kinds
     from vllm_sluice.telemetry import rundir
     from vllm_sluice.telemetry.collector import SnapshotCollector
 
     settings = config.load().config
     folder = rundir.announce(settings.telemetry)
-    installed = InstalledPatches(SnapshotCollector(folder))
+    installed = InstalledOnRanks(SnapshotCollector(folder))
     kinds = [kind.name for kind in patch_kinds(settings)]
     guarded = settings.control.enabled and settings.control.guard.enabled
     trial = Journal(folder).trial if guarded else None
-    probes = settings.probes
-    measured = probes.residual.install or probes.attention.install or probes.gate.install
-    return RequestCheck(settings.control.per_request, kinds, installed, trial, measured)
+    return RequestCheck(settings.control.per_request, kinds, installed, trial)
 
 
 def fingerprint() -> str:

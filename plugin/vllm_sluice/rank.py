@@ -96,7 +96,7 @@ class Rank:
             arguments = batch.arguments() if self._choices or self._ledger else []
             if self._trial is not None:
                 self._trial.look(batch, arguments)
-            asking = self._ledger.look(batch, arguments) if self._ledger and probes else []
+            asking = self._asking(probes, batch, arguments)
             probed = bool(probes) and self._before(probes, batch, asking)
             try:
                 with self._choices.acting(batch, arguments) if self._choices else contextlib.nullcontext():
@@ -108,6 +108,17 @@ class Rank:
     def sample(self, logits: Any, run: Callable[[], Any]) -> Any:
         """Sample the tokens of the pass before; a guarded trial measures them."""
         return run() if self._trial is None else self._trial.sample(logits, run)
+
+    def _asking(self, probes: list[Probe], batch: Batch, arguments: list[Mapping[str, Any]]) -> _Asking:
+        """Return the requests of a pass that ask for their own statistics."""
+        if self._ledger is None or not probes:
+            return []
+        try:
+            return self._ledger.look(batch, arguments)
+        except Exception:  # no room on the device, say
+            for probe in probes:
+                self._failed(probe)
+            return []
 
     def _describe(self, probes: list[Probe], describe: Callable[[], Batch]) -> Batch | None:
         try:
@@ -211,8 +222,8 @@ class Rank:
         for kind in ("desired", "applied"):
             named.append(Series("sluice_generation", (("rank", self._info.rank), ("kind", kind))))
         for kind in PROBE_KINDS:
-            for name in ("errors", "seconds"):
-                named.append(Series(f"sluice_probe_{name}_total", (("probe", kind),)))
+            for name in ("enabled", "errors_total", "seconds_total"):
+                named.append(Series(f"sluice_probe_{name}", (("probe", kind),)))
         return named
 
     def _own_values(self) -> np.ndarray:
@@ -221,8 +232,9 @@ class Rank:
             patch = self._patches.get(kind)
             values += [patch is not None, patch.enabled if patch else np.nan, self._changed.get(kind, np.nan)]
         values += [self._desired, self._applied]
+        enabled = {probe.kind: float(probe.enabled) for probe in self._probes}
         for kind in PROBE_KINDS:
-            values += [self._errors[kind], self._seconds[kind]]
+            values += [enabled.get(kind, np.nan), self._errors[kind], self._seconds[kind]]
         return np.array(values, dtype=np.float64)
 
     # -------------------------------------------------------------------------------------------- control
@@ -282,7 +294,7 @@ class Rank:
     def request(self, ticket: str) -> dict[str, Any]:
         """Return what this rank saw of a request that asked (`RequestLedger.close`), and forget it; `{}` if nothing."""
         with self._lock, torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
-            return (self._ledger.close(ticket) if self._ledger else None) or {}
+            return self._ledger.close(ticket) if self._ledger else {}
 
     def state(self) -> dict[str, Any]:
         """Return rank, generation and the state of patches and probes as plain data."""

@@ -118,7 +118,7 @@ def test_records_are_forgotten_once_told_and_an_unknown_ticket_is_nothing(make_e
     engine = make_engine(twin_gated, {**EVERY_ROW, **PER_REQUEST}, **CACHED)
     ask(engine, prompts, [ASK] * 8)
     assert not engine.model.sluice_runtime._ledger._open
-    assert engine.rpc("request", "0" * 32) == {}
+    assert engine.rpc("request", "0" * 48) == {}
 
 
 def test_a_failing_collection_does_not_cost_the_answer(make_engine, twin_gated, prompts, monkeypatch):
@@ -144,3 +144,60 @@ def test_the_vanilla_twins_sink_shows_in_a_single_request(make_engine, twin_vani
     assert summary["max_activation"]["position"] == 0
     assert summary["sink_mass"] > 0.2
     assert "gate_mean" not in summary
+
+
+def test_more_asking_requests_than_queries_in_a_pass_and_every_one_gets_its_share(make_engine, twin_gated, prompts):
+    """Two queries a pass: prompts, and then decoding in which three requests of four have to wait for their turn."""
+    variables = {**EVERY_ROW, **PER_REQUEST, "SLUICE_PROBES__ATTENTION__QUERIES": "2"}
+    engine = make_engine(twin_gated, variables, **CACHED)
+    model = reference_model(twin_gated, dtype=torch.float32)
+    apart = []
+    for ids, summary in ask(engine, prompts, [ASK] * 8):
+        assert 1 <= summary["queries_sampled"] < len(ids) - 1
+        attention = reference_trace(model, ids).attention
+        sinks = [layer[0][:, 1:, 0].double().mean().item() for layer in attention]
+        apart.append(summary["sink_mass"] - sum(sinks) / len(sinks))
+    assert abs(sum(apart) / len(apart)) < 0.05  # a sample of a few queries each
+
+
+def test_a_request_that_is_preempted_is_told_of_once_and_of_one_state(make_engine, twin_gated, prompts):
+    """The gate changes in the midst of decoding, with the preemption that every switch brings."""
+    engine = make_engine(twin_gated, {**EVERY_ROW, **PER_REQUEST}, **CACHED)
+    core = engine.llm.llm_engine.engine_core.engine_core
+    step, steps = core.step_fn, 0
+
+    def stepping() -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 5:
+            engine.rpc("apply", {"patches": {"gate": {"floor": 0.99}}})
+            assert core.scheduler.reset_prefix_cache(reset_running_requests=True)
+        return step()
+
+    core.step_fn = stepping
+    try:
+        ((ids, summary),) = ask(engine, prompts[4:5], [ASK])
+    finally:
+        core.step_fn = step
+        engine.rpc("apply", {"patches": {"gate": {"floor": 0.0}}})
+    assert steps > 5
+    assert summary["tokens"] == len(ids)
+    assert summary["gate_mean"] > 0.99
+
+
+def test_a_request_with_nan_gets_its_answer_and_the_nan_is_counted(make_engine, twin_gated, prompts):
+    import json
+
+    engine = make_engine(twin_gated, {**EVERY_ROW, **PER_REQUEST}, **CACHED)
+    weight = engine.model.model.layers[3].post_attention_layernorm.weight
+    kept = weight.data.clone()
+    try:
+        weight.data[5] = torch.nan
+        ((ids, summary),) = ask(engine, prompts[4:5], [ASK])
+    finally:
+        weight.data.copy_(kept)
+    json.dumps(summary, allow_nan=False)
+    assert summary["layers"]["nonfinite"] == dict.fromkeys("345", len(ids) * len(kept))
+    assert summary["nonfinite"] == 3 * len(ids) * len(kept)
+    assert list(summary["layers"]["max_activation"]) == ["0", "1", "2"]
+    assert list(summary["layers"]["sink_mass"]) == list(summary["layers"]["gate_mean"]) == ["0", "1", "2", "3"]

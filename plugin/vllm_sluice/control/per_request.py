@@ -11,13 +11,14 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from vllm_sluice import compat
 from vllm_sluice.control.guard import ARGUMENT, group_of
 from vllm_sluice.telemetry import request_summary
 from vllm_sluice.telemetry.collector import SnapshotCollector
-from vllm_sluice.telemetry.request_summary import is_ticket
+from vllm_sluice.telemetry.request_summary import is_own_ticket
+from vllm_sluice.telemetry.snapshot import Snapshot
 
 PREFIX = "sluice."
 """Every key that begins so is Sluice's."""
@@ -54,19 +55,16 @@ class RequestCheck:
     kinds
         All patch kinds.
     installed
-        Returns the kinds that are installed in this server.
-    probes
-        Whether there are probes, without which there are no statistics.
+        Which patches are installed in this server, and which probes are on.
     trial
         Returns the guard's trial under way (`journal.Record.guard`), or None; None if there is no guard.
     """
 
     def __init__(
-        self, enabled: bool, kinds: Sequence[str], installed: Callable[[], Collection[str]],
-        trial: Callable[[], Mapping[str, Any] | None] | None = None, probes: bool = True,
+        self, enabled: bool, kinds: Sequence[str], installed: Installed,
+        trial: Callable[[], Mapping[str, Any] | None] | None = None,
     ) -> None:
         self._enabled = enabled
-        self._probes = probes
         self._kinds = {key(kind): kind for kind in kinds}
         self._installed = installed
         self._trial = trial
@@ -89,8 +87,8 @@ class RequestCheck:
     def validate_openai(self, request: compat.OpenAIRequest) -> None:
         """Check the arguments of an OpenAI request as `validate` does, and whether its answer can hold what it asks.
 
-        VLLM's beam search would drop the arguments; a streamed answer has no place for statistics, and one answer to
-        several prompts has one place for all.
+        The beam search of vLLM would drop the arguments; a streamed answer has no place for statistics, and one answer
+        to several prompts has one place for all.
         """
         self._refuse_imitation(request.salt)
         arguments = request.arguments
@@ -101,6 +99,8 @@ class RequestCheck:
             raise compat.bad_request(f"{', '.join(names)}: {problem}", _ARGUMENTS)
         if not arguments.get(STATISTICS):
             return
+        if not isinstance(arguments[STATISTICS], int):
+            raise compat.bad_request(f"{STATISTICS}: true or false expected", _ARGUMENTS)
         if request.streamed:
             raise compat.bad_request(f"{STATISTICS}: a streamed answer cannot carry them; drop stream", _ARGUMENTS)
         if request.prompts > 1:
@@ -170,15 +170,16 @@ class RequestCheck:
         if name not in (STATISTICS, *self._kinds):
             return f"{name}: unknown key; known: {', '.join(sorted((STATISTICS, *self._kinds)))}"
         truth = isinstance(value, int) and value in (0, 1)  # vLLM turns JSON's true and false into 1 and 0
-        ticketed = name == STATISTICS and is_ticket(value)  # `ask_for_statistics` put it there
+        ticketed = name == STATISTICS and is_own_ticket(value)  # `ask_for_statistics` put it there
         if not truth and not ticketed:
             return f"{name}: true or false expected, found {value!r}"
-        if name == STATISTICS:
-            return None if self._probes else f"{name}: no probe is configured in this server (probes.*.install)"
-        return self._not_installed(name)
+        return self._not_there(name)
 
-    def _not_installed(self, name: str) -> str | None:
-        installed = self._installed()
+    def _not_there(self, name: str) -> str | None:
+        if name == STATISTICS:
+            on = self._installed.probes()
+            return None if on else f"{name}: no probe is on in this server; `sluice state` says what is installed"
+        installed = self._installed.patches()
         if self._kinds[name] not in installed:
             return (
                 f"{name}: the patch {self._kinds[name]} is not installed in this server; "
@@ -187,30 +188,53 @@ class RequestCheck:
         return None
 
 
-class InstalledPatches:
-    """Patches that every rank of this server has installed, as the ranks' snapshots say."""
+class Installed(Protocol):
+    """What there is in a server."""
+
+    def patches(self) -> Collection[str]:
+        """Return the kinds of patches that are installed."""
+
+    def probes(self) -> Collection[str]:
+        """Return the kinds of probes that are on."""
+
+
+class InstalledOnRanks:
+    """What every rank of this server has installed, as the ranks' snapshots say; read again after a few seconds."""
 
     def __init__(self, collector: SnapshotCollector, clock: Callable[[], float] = time.monotonic) -> None:
         self._collector = collector
         self._clock = clock
-        self._known: tuple[float, frozenset[str]] = (-float("inf"), frozenset())
+        self._read_at = -float("inf")
+        self._patches: frozenset[str] = frozenset()
+        self._probes: frozenset[str] = frozenset()
 
-    def __call__(self) -> frozenset[str]:
-        """Return the installed kinds; snapshots are read again after a few seconds."""
-        read, installed = self._known
+    def patches(self) -> frozenset[str]:
+        """Return the kinds of patches that are installed on every rank."""
+        self._refresh()
+        return self._patches
+
+    def probes(self) -> frozenset[str]:
+        """Return the kinds of probes that are on, on every rank."""
+        self._refresh()
+        return self._probes
+
+    def _refresh(self) -> None:
         now = self._clock()
-        if now - read > _CACHE_SECONDS:
-            installed = self._read()
-            self._known = (now, installed)
-        return installed
+        if now - self._read_at > _CACHE_SECONDS:
+            self._read_at = now
+            snapshots = self._collector.snapshots()
+            self._patches = _on_all(snapshots, "sluice_patch_installed", "patch")
+            self._probes = _on_all(snapshots, "sluice_probe_enabled", "probe")
 
-    def _read(self) -> frozenset[str]:
-        ranks = [
-            {
-                dict(series.labels)["patch"]
-                for series, value in zip(snapshot.series, snapshot.values.tolist(), strict=True)
-                if series.metric == "sluice_patch_installed" and value == 1
-            }
-            for snapshot in self._collector.snapshots()
-        ]
-        return frozenset(set.intersection(*ranks)) if ranks else frozenset()
+
+def _on_all(snapshots: Sequence[Snapshot], metric: str, label: str) -> frozenset[str]:
+    """Return the values of a label for which every rank has a 1."""
+    ranks = [
+        {
+            dict(series.labels)[label]
+            for series, value in zip(snapshot.series, snapshot.values.tolist(), strict=True)
+            if series.metric == metric and value == 1
+        }
+        for snapshot in snapshots
+    ]
+    return frozenset(set.intersection(*ranks)) if ranks else frozenset()

@@ -65,23 +65,29 @@ def accumulate(
     )
 
 
-def row_maxima(hidden: torch.Tensor, classes: torch.Tensor, largest: torch.Tensor, channel: torch.Tensor) -> None:
-    """Write the largest |h| of each row and its channel. Traced into the model's graph.
+def row_maxima(
+    hidden: torch.Tensor, classes: torch.Tensor, largest: torch.Tensor, channel: torch.Tensor, nonfinite: torch.Tensor
+) -> None:
+    """Write the largest finite |h| of each row, its channel, and non-finite entries. Traced into the model's graph.
 
     Parameters
     ----------
     hidden, classes
-        As in `accumulate`. Non-finite entries and `IGNORED` rows count as 0.
+        As in `accumulate`; `IGNORED` rows count as rows of nothing.
     largest
-        float32, [>= tokens]; written in its first rows.
+        float32, [>= tokens]; written in its first rows; -1 where nothing is finite.
     channel
         int64, [>= tokens]; the first channel that holds the largest value.
+    nonfinite
+        int64, [>= tokens]; number of NaN and infinite entries.
     """
     x = hidden.float()
-    counted = torch.isfinite(x) & (classes < IGNORED).unsqueeze(1)
-    found = torch.where(counted, x, 0.0).abs().max(dim=1)
+    looked_at = (classes < IGNORED).unsqueeze(1)
+    finite = torch.isfinite(x)
+    found = torch.where(finite & looked_at, x.abs(), -1.0).max(dim=1)
     largest[: len(x)] = found.values
     channel[: len(x)] = found.indices
+    nonfinite[: len(x)] = (~finite & looked_at).sum(dim=1)
 
 
 @dataclass(frozen=True)

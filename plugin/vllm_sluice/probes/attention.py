@@ -64,7 +64,9 @@ class InstalledAttention(Probe):
         self._shapes: list[AttentionShape] = [compat.attention_shape(site.attention) for site in sites]
         self._sample = torch.zeros(settings.queries * (1 + by_request), dtype=torch.int64, device=device)
         self._by_request = by_request
-        self._asked = np.zeros(0, dtype=np.int64)
+        self._asked: list[np.ndarray] = []
+        self._stands_for: list[float] = []
+        self._turn = 0
         self._copies = [QueryCopy(site, self._sample, dtype) for site in sites]
         heads = max(site.heads for site in sites)
         self._sums = torch.zeros(len(sites), 3, heads, dtype=torch.float64, device=device)
@@ -80,21 +82,27 @@ class InstalledAttention(Probe):
         self._chosen = self._chosen[:0]
         if not batch.attention or not self.pace.due():
             return
-        self._chosen = self._choose(batch, np.arange(batch.tokens))
+        self._chosen = _spread(self._eligible(batch, np.arange(batch.tokens)), self._settings.queries)
         self._write(0, self._chosen)
 
     def before_requests(self, batch: Batch, rows: Sequence[slice]) -> None:
-        """Choose queries of the asking requests, by the same rule."""
-        self._asked = self._asked[:0]
-        if batch.attention:
-            self._asked = self._choose(batch, np.concatenate([np.arange(own.start, own.stop) for own in rows]))
-            self._write(self._settings.queries, self._asked)
+        """Share `queries` out among the asking requests, and choose each one's by the same rule.
 
-    def _choose(self, batch: Batch, rows: np.ndarray) -> np.ndarray:
+        Where there are more requests than queries, it is the turn of others in the next pass.
+        """
+        self._asked, self._stands_for = [], []
+        if not batch.attention:
+            return
+        eligible = [self._eligible(batch, np.arange(own.start, own.stop)) for own in rows]
+        self._turn += 1
+        shares = fair_shares([len(own) for own in eligible], self._settings.queries, self._turn)
+        self._asked = [_spread(own, share) for own, share in zip(eligible, shares, strict=True)]
+        self._stands_for = [len(own) / max(share, 1) for own, share in zip(eligible, shares, strict=True)]
+        self._write(self._settings.queries, np.concatenate(self._asked))
+
+    def _eligible(self, batch: Batch, rows: np.ndarray) -> np.ndarray:
         position = batch.position_of(rows)
-        eligible = rows[(position >= 1) & (position < self._settings.max_context)]
-        count = min(self._settings.queries, len(eligible))
-        return eligible[((np.arange(count) + 0.5) * len(eligible) / max(count, 1)).astype(np.int64)]
+        return rows[(position >= 1) & (position < self._settings.max_context)]
 
     def _write(self, first: int, rows: np.ndarray) -> None:
         padded = np.zeros(self._settings.queries, dtype=np.int64)
@@ -114,35 +122,48 @@ class InstalledAttention(Probe):
             self.pace.sampled(began)
 
     def request_record(self) -> dict[str, torch.Tensor]:
-        """Make accumulators of a request: mass on position 0 over heads and queries, float64, and queries, each [L]."""
+        """Make accumulators of a request, each [L].
+
+        Mass on position 0 summed over heads, queries weighed by the tokens that they stand for, float64; these weights'
+        sum, float64; number of queries, int64.
+        """
         if not self._by_request:
             return {}
         layers, device = len(self._sites), self._sample.device
         return {
             "sink_mass": torch.zeros(layers, dtype=torch.float64, device=device),
+            "weight": torch.zeros(layers, dtype=torch.float64, device=device),
             "queries": torch.zeros(layers, dtype=torch.int64, device=device),
         }
 
     def add_requests(
         self, batch: Batch, rows: Sequence[slice], records: Sequence[dict[str, torch.Tensor]]
     ) -> None:
-        """Recompute the probabilities of the asking requests' queries and add the mass on position 0."""
-        if len(self._asked) == 0:
+        """Recompute the probabilities of the asking requests' queries and add the mass on position 0.
+
+        Queries that are not finite are left out.
+        """
+        asked = np.concatenate(self._asked) if self._asked else np.zeros(0, dtype=np.int64)
+        if len(asked) == 0:
             return
-        spans = [slice(*np.searchsorted(self._asked, (own.start, own.stop)).tolist()) for own in rows]
+        ends = np.cumsum([len(own) for own in self._asked]).tolist()
         try:
-            for index, summary, counted in self._summaries(batch, self._settings.queries, self._asked):
+            for index, summary, counted in self._summaries(batch, self._settings.queries, asked):
                 mass = summary[0].sum(dim=1)
-                for span, record in zip(spans, records, strict=True):
-                    record["sink_mass"][index] += mass[span].sum()
-                    record["queries"][index] += counted[span].sum()
+                kept = counted * torch.isfinite(mass)
+                mass = torch.where(kept > 0, mass, 0.0)
+                for end, own, weight, record in zip(ends, self._asked, self._stands_for, records, strict=True):
+                    span = slice(end - len(own), end)
+                    record["sink_mass"][index] += weight * mass[span].sum()
+                    record["weight"][index] += weight * kept[span].sum()
+                    record["queries"][index] += kept[span].sum()
         finally:
             self._sample[self._settings.queries :].zero_()
 
     def request_values(self, record: Record) -> dict[int, list[float]]:
-        """Return by layer: mass on position 0 summed over heads and queries, heads times queries, and queries."""
-        columns = zip(self._sites, record["sink_mass"].tolist(), record["queries"].tolist(), strict=True)
-        return {site.layer: [mass, queries * site.heads, queries] for site, mass, queries in columns if queries}
+        """Return by layer: mass on position 0 summed over heads and tokens, heads times tokens, and queries."""
+        columns = zip(self._sites, *(record[name].tolist() for name in ("sink_mass", "weight", "queries")), strict=True)
+        return {site.layer: [mass, weight * site.heads, queries] for site, mass, weight, queries in columns if queries}
 
     def _add(self, batch: Batch) -> None:
         for index, summary, counted in self._summaries(batch, 0, self._chosen):
@@ -215,6 +236,22 @@ class InstalledAttention(Probe):
                     layers[index] = [*mean.mean(axis=1), sinks, site.heads]
         phases = np.zeros(2) if total is None else total["phases"]
         return np.concatenate([layers.reshape(-1), phases])
+
+
+def fair_shares(wanted: Sequence[int], most: int, turn: int) -> list[int]:
+    """Share `most` out among those who want some: what one leaves goes to the others; ties go round with `turn`."""
+    shares = [0] * len(wanted)
+    order = sorted(range(len(wanted)), key=lambda index: (wanted[index], (index + turn) % len(wanted)))
+    for served, index in enumerate(order):
+        shares[index] = min(wanted[index], most // (len(wanted) - served))
+        most -= shares[index]
+    return shares
+
+
+def _spread(rows: np.ndarray, most: int) -> np.ndarray:
+    """Return at most `most` of the rows, spread evenly."""
+    count = min(most, len(rows))
+    return rows[((np.arange(count) + 0.5) * len(rows) / max(count, 1)).astype(np.int64)]
 
 
 def sampling_problem(site: AttentionSite) -> str | None:

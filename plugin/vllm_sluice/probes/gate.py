@@ -86,10 +86,12 @@ class InstalledGateProbe(Probe):
     def add_requests(
         self, batch: Batch, rows: Sequence[slice], records: Sequence[dict[str, torch.Tensor]]
     ) -> None:
-        """Add the gates of each request's rows."""
+        """Add the gates of each request's rows, those with NaN aside."""
         for own, record in zip(rows, records, strict=True):
-            record["sums"] += torch.stack([observer.means[own] for observer in self._observers]).double().sum(dim=1)
-            record["rows"] += own.stop - own.start
+            means = torch.stack([observer.means[own] for observer in self._observers]).double()
+            finite = torch.isfinite(means)
+            record["sums"] += torch.where(finite, means, 0.0).sum(dim=1)
+            record["rows"] += finite.sum(dim=1)
 
     def request_values(self, record: Record) -> dict[int, list[float]]:
         """Return sum and number of gates by layer."""

@@ -31,7 +31,7 @@ _PER_LAYER = ("abs_max", "median", "max_to_median_ratio", "rms", "kurtosis")
 class ResidualObserver(nn.Module):
     """Accumulators of one layer; called in the graph with the hidden state, [tokens, hidden].
 
-    With `by_row` also the largest |h| of each row of the pass and its channel, [max_tokens].
+    With `by_row` also what `row_maxima` says of each row of the pass, [max_tokens].
     """
 
     classes: torch.Tensor
@@ -43,6 +43,7 @@ class ResidualObserver(nn.Module):
     sampled: torch.Tensor
     largest: torch.Tensor
     channel: torch.Tensor
+    nonfinite: torch.Tensor
 
     def __init__(self, hidden: int, rows: Rows, sample: torch.Tensor, dtype: torch.dtype, by_row: bool) -> None:
         super().__init__()
@@ -50,8 +51,8 @@ class ResidualObserver(nn.Module):
         self.by_row = by_row
         if by_row:
             self.register_buffer("largest", torch.zeros(rows.max_tokens, device=device), persistent=False)
-            channels = torch.zeros(rows.max_tokens, dtype=torch.int64, device=device)
-            self.register_buffer("channel", channels, persistent=False)
+            for name in ("channel", "nonfinite"):
+                self.register_buffer(name, torch.zeros(rows.max_tokens, dtype=torch.int64, device=device), False)
         self.register_buffer("classes", rows.classes("residual"), persistent=False)
         self.register_buffer("sample", sample, persistent=False)
         self.register_buffer("threshold", torch.full((1,), torch.inf, device=device), persistent=False)
@@ -68,7 +69,7 @@ class ResidualObserver(nn.Module):
         )
         self.sampled.copy_(hidden.index_select(0, self.sample))
         if self.by_row:
-            row_maxima(hidden, self.classes[: hidden.shape[0]], self.largest, self.channel)
+            row_maxima(hidden, self.classes[: hidden.shape[0]], self.largest, self.channel, self.nonfinite)
 
 
 class InstalledResidual(Probe):
@@ -130,7 +131,7 @@ class InstalledResidual(Probe):
             self.pace.sampled(began)
 
     def request_record(self) -> dict[str, torch.Tensor]:
-        """Make accumulators of a request: largest |h| so far, float32, its position and channel, int64, each [L]."""
+        """Make accumulators of a request: largest |h|, its position and channel, non-finite entries; each [L]."""
         if not self._by_row:
             return {}
         layers, device = len(self.layers), self._sample.device
@@ -138,6 +139,7 @@ class InstalledResidual(Probe):
             "largest": torch.full((layers,), -1.0, device=device),
             "position": torch.zeros(layers, dtype=torch.int64, device=device),
             "channel": torch.zeros(layers, dtype=torch.int64, device=device),
+            "nonfinite": torch.zeros(layers, dtype=torch.int64, device=device),
         }
 
     def add_requests(
@@ -154,13 +156,15 @@ class InstalledResidual(Probe):
                 "channel": channel.gather(1, row.unsqueeze(1))[:, 0],
             }
             better = value > record["largest"]
-            for name, tensor in record.items():
-                tensor.copy_(torch.where(better, found[name], tensor))
+            for name, tensor in found.items():
+                record[name].copy_(torch.where(better, tensor, record[name]))
+            record["nonfinite"] += torch.stack([observer.nonfinite[own].sum() for observer in self._observers])
 
     def request_values(self, record: Record) -> dict[int, list[float]]:
-        """Return largest |h|, position and channel by layer."""
-        columns = zip(self.layers, *(record[name].tolist() for name in ("largest", "position", "channel")), strict=True)
-        return {layer: [value, position, channel] for layer, value, position, channel in columns if value >= 0}
+        """Return largest finite |h| (-1 if there is none), position, channel and non-finite entries by layer."""
+        names = ("largest", "position", "channel", "nonfinite")
+        columns = zip(self.layers, *(record[name].tolist() for name in names), strict=True)
+        return {layer: numbers for layer, *numbers in columns}
 
     def set(self, values: Mapping[str, Any]) -> None:
         """Take `enabled` and `interval_seconds`."""

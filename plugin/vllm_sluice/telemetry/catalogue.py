@@ -125,6 +125,8 @@ CATALOGUE: tuple[Metric, ...] = (
     _gauge("config_restart_needed", "Settings in the configuration file that only a restart can bring into force.",
            "1", (), "max", "patch"),
     _gauge("snapshot_age_seconds", "Age of the rank's last snapshot.", "seconds", ("rank",), "max", "monitor"),
+    _gauge("probe_enabled", "1 if the probe looks at tokens on every rank, 0 if it is off; absent if not installed.",
+           "1", ("probe",), "min", "monitor"),
     _counter("probe_errors", "Errors inside a probe; the server goes on without it.",
              "1", ("probe",), "sum", "monitor"),
     _counter("probe_seconds", "Time that the probe's work outside the compiled graph took in the worker.",
