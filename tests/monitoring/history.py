@@ -104,9 +104,9 @@ def write(out: TextIO) -> None:
     """Write the whole history."""
     families: dict[str, list[Series]] = {}
     for series in all_series():
-        families.setdefault(_family(series.name), []).append(series)
-    for family, members in families.items():
-        out.write(f"# TYPE {family} {_kind(members[0].name)}\n")
+        families.setdefault(family(series.name), []).append(series)
+    for name, members in families.items():
+        out.write(f"# TYPE {name} {kind(members[0].name)}\n")
         for series in members:
             labels = ",".join(f'{name}="{value}"' for name, value in sorted(series.labels.items()))
             for time in range(START, END + 1, STEP):
@@ -374,11 +374,13 @@ def _alerts() -> Iterator[Series]:
         yield Series("ALERTS", labels, lambda m, a=first, b=last: 1.0 if a <= m <= b else None)
 
 
-def _family(name: str) -> str:
+def family(name: str) -> str:
+    """Return the name of a metric's family."""
     return name.removesuffix("_bucket").removesuffix("_total")
 
 
-def _kind(name: str) -> str:
+def kind(name: str) -> str:
+    """Return a metric's type."""
     if name.endswith("_bucket"):
         return "histogram"
     return "counter" if name.endswith("_total") else "gauge"

@@ -57,7 +57,6 @@ def query_variable(name: str, label: str, query: str, *, several: bool = True) -
         "name": name,
         "label": label,
         "datasource": DATASOURCE,
-        "definition": query,
         "query": {"query": query, "refId": f"variable-{name}"},
         "refresh": 2,  # when the time range changes
         "sort": 1,

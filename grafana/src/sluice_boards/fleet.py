@@ -68,7 +68,7 @@ def _worst(title: str, says: str, good: str, heading: str, expr: str, unit: str,
 def _worst_activation() -> Panel:
     return _worst(
         "Largest over median activation", "Worst layer of each engine.", "Engines of one model are alike.",
-        "largest over median", f"max by ({ENGINE}) ({of('sluice_activation_max_to_median_ratio')})", "short",
+        "largest over median", f"max by ({ENGINE}) ({of('sluice_activation_max_to_median_ratio')})", "none",
         alert="SluiceMassiveActivationsNew", decimals=0,
     )  # fmt: skip
 
@@ -105,7 +105,7 @@ def _models() -> Panel:
         [
             column("engines", by_model("count", "sluice_info"), "none", decimals=0),
             column("largest activation", by_model("max", "sluice_activation_abs_max"), "short", decimals=1),
-            column("largest over median", by_model("max", "sluice_activation_max_to_median_ratio"), "short",
+            column("largest over median", by_model("max", "sluice_activation_max_to_median_ratio"), "none",
                    decimals=0),
             column("sink mass", by_model("avg", "sluice_attention_sink_mass"), "percentunit", decimals=1),
         ],
@@ -128,6 +128,7 @@ def _patch_states() -> Panel:
         "By patch state", "Engines by model, patch and whether it acts.", "Engines of one model are in one state.",
         [column("engines", rows(f"count by (model_name, patch, acts) ({acts})"), "none", decimals=0)],
         labels={"model_name": "model", "patch": "patch", "acts": "acts"}, size=(7, 8), sort="model",
+        label_texts={"acts": shared.ON_OFF},
     )  # fmt: skip
 
 

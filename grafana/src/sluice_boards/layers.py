@@ -46,9 +46,9 @@ def _now() -> Panel:
         [
             column("largest", rows(_by_layer("max", "sluice_activation_abs_max")), "short", decimals=1),
             column("median", rows(_by_layer("max", "sluice_activation_median")), "short", decimals=3),
-            column("largest over median", rows(_by_layer("max", "sluice_activation_max_to_median_ratio")), "short",
+            column("largest over median", rows(_by_layer("max", "sluice_activation_max_to_median_ratio")), "none",
                    decimals=0),
-            column("kurtosis", rows(_by_layer("max", "sluice_activation_kurtosis")), "short", decimals=0),
+            column("kurtosis", rows(_by_layer("max", "sluice_activation_kurtosis")), "none", decimals=0),
             column("channel", rows(_by_layer("max", "sluice_activation_top_channel", 'rank="1"')), "none", decimals=0),
             column("sink mass", rows(_by_layer("avg", "sluice_attention_sink_mass")), "percentunit", decimals=1),
             column("sink heads", rows(_by_layer("max", "sluice_attention_sink_heads")), "none", decimals=0),

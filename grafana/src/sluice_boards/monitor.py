@@ -39,7 +39,7 @@ def _tiles() -> list[Panel]:
              alert="SluiceConfigFileBroken", width=4),
         stat("Series a scrape", "Series that Sluice exports, over the selected engines.",
              "A few hundred an engine; 12 a layer by default.",
-             series(f"sum({of('sluice_exported_series')})", "series"), "short", decimals=0, width=4),
+             series(f"sum({of('sluice_exported_series')})", "series"), "none", decimals=0, width=4),
         stat("Snapshot interval", "Time between two snapshots, as configured (`telemetry.interval_seconds`).",
              "At most half the scrape interval.",
              series(f"max({of('sluice_telemetry_interval_seconds')})", "interval"), "s", width=4),

@@ -143,7 +143,7 @@ def _engines() -> Panel:
         [
             column("patches on", by_engine("sum", "sluice_patch_enabled"), "none", decimals=0),
             column("largest activation", by_engine("max", "sluice_activation_abs_max"), "short", decimals=1),
-            column("largest over median", by_engine("max", "sluice_activation_max_to_median_ratio"), "short",
+            column("largest over median", by_engine("max", "sluice_activation_max_to_median_ratio"), "none",
                    decimals=0),
             column("sink mass", by_engine("avg", "sluice_attention_sink_mass"), "percentunit", decimals=1),
             column("non-finite, ever", by_engine("sum", "sluice_nonfinite_total"), "short", decimals=0,

@@ -38,13 +38,17 @@ def stat(
     title: str, says: str, good: str, target: Target, unit: str, *,
     colours: Steps = NO_JUDGEMENT, alert: str = "", need: Need = IDLE, decimals: int | None = None,
     graph: bool = False, width: int = 3, texts: Mapping[float, tuple[str, str]] | None = None,
+    plenty: tuple[str, float] | None = None,
 ) -> Panel:  # fmt: skip
-    """One large number."""
+    """One large number; `plenty` is what to show above a value, where the number no longer matters."""
     panel = _panel("stat", title, says, good, [target], unit, alert, need, (width, 4))
     panel["fieldConfig"]["defaults"] |= {"thresholds": _thresholds(colours), "color": {"mode": "thresholds"}}
     _decimals(panel, decimals)
     if texts:
         panel["fieldConfig"]["defaults"]["mappings"] = _mappings(texts)
+    if plenty:
+        above = {"from": plenty[1], "to": None, "result": {"text": plenty[0], "color": "green", "index": 0}}
+        panel["fieldConfig"]["defaults"]["mappings"] = [{"type": "range", "options": above}]
     panel["options"] = {
         "reduceOptions": {"calcs": ["lastNotNull"], "fields": "", "values": False},
         "colorMode": "value",
@@ -173,12 +177,12 @@ def state_timeline(
 def table(
     title: str, says: str, good: str, columns: Sequence[Column], *,
     labels: Mapping[str, str], sort: str = "", alert: str = "", need: Need = IDLE, size: tuple[int, int] = (24, 10),
-    link: tuple[str, str] | None = None, show_time: bool = False,
+    link: tuple[str, str] | None = None, label_texts: Mapping[str, Mapping[float, tuple[str, str]]] | None = None,
 ) -> Panel:  # fmt: skip
     """Show a row for each combination of labels and a column for each query.
 
     `labels` maps the label that is shown to its heading, in order; labels that are not named are hidden. The queries
-    must be aggregated to the same labels, or their rows do not merge.
+    must be aggregated to the same labels, or their rows do not merge. `label_texts` says what a label's values mean.
     """
     panel = _panel("table", title, says, good, [column["target"] for column in columns], "", alert, need, size)
     del panel["fieldConfig"]["defaults"]["noValue"]  # it would stand in every empty cell
@@ -186,8 +190,6 @@ def table(
     headings = dict(zip(values, (column["heading"] for column in columns), strict=True))
     order = [*labels, *values]
     hidden = {name: True for name in ("Time", "job", "instance", "model_name", "engine") if name not in labels}
-    if show_time:
-        hidden.pop("Time", None)
     panel["transformations"] = [
         {"id": "merge", "options": {}},
         {"id": "organize", "options": {
@@ -201,9 +203,12 @@ def table(
         panel["transformations"].append({"id": "sortBy", "options": {"fields": {}, "sort": [by]}})
     # Numbers that are names, such as layer 007, must not be formatted as numbers.
     panel["fieldConfig"]["overrides"] = [
-        *(_override(heading, {"unit": "string"}) for heading in labels.values() if heading != "switched"),
+        *(_override(heading, {"unit": "string"}) for heading in labels.values()),
         *(_override(column["heading"], column["properties"]) for column in columns),
     ]
+    for heading, texts in (label_texts or {}).items():
+        properties = {"mappings": _mappings(texts), "custom.cellOptions": {"type": "color-text"}}
+        panel["fieldConfig"]["overrides"].append(_override(heading, properties))
     if link:
         heading, url = link
         panel["fieldConfig"]["overrides"].append(

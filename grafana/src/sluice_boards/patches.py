@@ -11,6 +11,8 @@ from sluice_boards.queries import ENGINE, equal, of, ranks_behind, rows, series
 
 _SETTLED = 300
 """Seconds after a switch at which before and after are compared: windows of 60 s hold nothing old by then."""
+_LONGEST_STEP = 60
+"""Seconds; the query's step is at most this, see `_before_after`."""
 _LANES = {0.0: ("applied", "green"), 1.0: ("behind", "red")}
 
 
@@ -96,13 +98,14 @@ def _before_after() -> Panel:
     def tokens(offset: str) -> dict[str, Any]:
         return at_switch(f"sum by ({ENGINE}) (rate({of('vllm:generation_tokens_total')}[4m]{offset}))")
 
-    before = f" offset {_SETTLED}s"
+    # The step that is found lies up to one step after the time that is meant; look back further by that much.
+    before = f" offset {_SETTLED + _LONGEST_STEP}s"
     when = rows(f"1000 * {changed} * ({settled} > bool 0)", over_time=True)
     state = rows(f"max by ({ENGINE}, patch) ({of('sluice_patch_enabled')}) * on ({ENGINE}, patch) ({settled} > bool 0)",
                  over_time=True)  # fmt: skip
     panel = table(
         "Before and after each switch",
-        "The four minutes before a switch and the minutes 1 to 5 after it, once they are over. Latencies are vLLM's "
+        "Minutes 5 to 1 before a switch and minutes 1 to 5 after it, once they are over. Latencies are vLLM's "
         "medians. A switch that is followed by another within five minutes is left out; other traffic before and "
         "after differs too, so look at the curves below.",
         "Sinks and ratio fall when a gate is switched on; TTFT, ITL and tokens/s stay as they were.",
@@ -113,7 +116,7 @@ def _before_after() -> Panel:
                 column(f"{name} {label}", make(offset), unit, decimals=decimals)
                 for name, make, unit, decimals in (
                     ("sinks", lambda o: gauge("avg", "sluice_attention_sink_mass", o), "percentunit", 1),
-                    ("max/median", lambda o: gauge("max", "sluice_activation_max_to_median_ratio", o), "short", 0),
+                    ("max/median", lambda o: gauge("max", "sluice_activation_max_to_median_ratio", o), "none", 0),
                     ("TTFT", lambda o: latency("vllm:time_to_first_token_seconds", o), "s", 1),
                     ("ITL", lambda o: latency("vllm:inter_token_latency_seconds", o), "s", 1),
                     ("tokens/s", tokens, "short", 0),
@@ -124,7 +127,7 @@ def _before_after() -> Panel:
         labels={"patch": "patch", "model_name": "model", "instance": "instance", "engine": "engine"},
         sort="-switched at", need=needs.SWITCHED, size=(24, 8),
     )  # fmt: skip
-    panel["interval"] = "30s"
+    panel |= {"interval": "30s", "maxDataPoints": 1500}  # a step of a minute at most, up to 25 hours
     return panel
 
 

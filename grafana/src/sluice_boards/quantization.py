@@ -16,6 +16,7 @@ _WHERE = (
     "Sites: hidden is the hidden state, attention_input and mlp_input are what the projections multiply, "
     "which is what a quantized model rounds."
 )
+_DECIBELS = "suffix:dB"
 _GOOD_SNR = 30.0
 _POOR_SNR = 20.0
 
@@ -65,7 +66,7 @@ def _tiles() -> list[Panel]:
             title, f"Largest number that {what} can hold, divided by the largest absolute value seen.",
             "Above 1; below, values are clipped.",
             series(f"min({_headroom(form, scale)})", "headroom"), "suffix:×",
-            colours=below(1, 2), need=need, decimals=2, width=4,
+            colours=below(1, 2), need=need, decimals=2, width=4, plenty=("> 1000 ×", 1000),
             alert="SluiceServingRangeSaturated" if form == "serving" else "SluiceQuantizationRangeExceeded",
         )  # fmt: skip
 
@@ -73,7 +74,7 @@ def _tiles() -> list[Panel]:
         return stat(
             f"{name} SNR", f"Signal to quantization noise of {name} with one scale a tensor, worst layer and site.",
             f"Above {_GOOD_SNR:g} dB; below {_POOR_SNR:g} dB expect a worse model.",
-            series(f"min({_snr(equal('format', form), equal('scale', 'per_tensor'))})", "SNR"), "suffix: dB",
+            series(f"min({_snr(equal('format', form), equal('scale', 'per_tensor'))})", "SNR"), _DECIBELS,
             colours=below(_POOR_SNR, _GOOD_SNR), need=needs.QUANTIZATION, decimals=1, width=4,
         )  # fmt: skip
 
@@ -99,7 +100,7 @@ def _snr_heatmap() -> Panel:
         f"Signal to quantization noise in dB of the format and scale chosen above, worst site. {_WHERE}",
         f"Above {_GOOD_SNR:g} dB. Red rows are the layers to keep in a wider format.",
         series(f"min by (layer) ({_snr(*_CHOSEN)})", "{{layer}}"),
-        "suffix: dB", need=needs.QUANTIZATION, decimals=1, scheme="RdYlGn",
+        _DECIBELS, need=needs.QUANTIZATION, decimals=1, scheme="RdYlGn",
     )  # fmt: skip
 
 
@@ -110,7 +111,7 @@ def _snr_formats() -> Panel:
         "time and is better where few tokens are large.",
         f"Above {_GOOD_SNR:g} dB. FP8 hardly depends on outliers, INT8 with one scale a tensor does.",
         series(f"min by (format, scale) ({_snr()})", "{{format}} {{scale}}"),
-        "suffix: dB", need=needs.QUANTIZATION, size=(12, 10), least=None, limit=below(_POOR_SNR, _GOOD_SNR),
+        _DECIBELS, need=needs.QUANTIZATION, size=(12, 10), least=None, limit=below(_POOR_SNR, _GOOD_SNR),
     )  # fmt: skip
 
 
@@ -118,14 +119,14 @@ def _snr_now() -> Panel:
     return bar_gauge(
         "SNR now, chosen format and scale", "One bar a layer, worst site.", f"Above {_GOOD_SNR:g} dB.",
         now(f"min by (layer) ({_snr(*_CHOSEN)})", "{{layer}}"),
-        "suffix: dB", colours=below(_POOR_SNR, _GOOD_SNR), need=needs.QUANTIZATION, decimals=1, most=60,
+        _DECIBELS, colours=below(_POOR_SNR, _GOOD_SNR), need=needs.QUANTIZATION, decimals=1, most=60,
     )  # fmt: skip
 
 
 def _snr_table() -> Panel:
     def one(heading: str, form: str, scale: str) -> dict[str, Any]:
         expr = f"min by (layer, site) ({_snr(equal('format', form), equal('scale', scale))})"
-        return column(heading, rows(expr), "suffix: dB", decimals=1, colours=below(_POOR_SNR, _GOOD_SNR))
+        return column(heading, rows(expr), _DECIBELS, decimals=1, colours=below(_POOR_SNR, _GOOD_SNR))
 
     return table(
         "Layers and sites now",
