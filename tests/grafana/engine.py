@@ -10,21 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from tests.conftest import need_program
-from tests.monitoring.prometheus import Prometheus
+from tests.grafana.stretches import Stretch
 
 HERE = Path(__file__).resolve().parent
 VERSIONS = ("10.4", "11.6", "12.4", "13.2")
 _INSTALL_SECONDS = 600
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """A history in a Prometheus: from when to when, and how often it was scraped."""
-
-    prometheus: Prometheus
-    start: int
-    end: int
-    scrape: int
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ class Source {
     const [, selector, label] = /^label_values\((?:(.*),\s*)?(\w+)\)$/s.exec(query) ?? [];
     if (!label) throw new Error(`not a query that is understood here: ${query}`);
     const found = await this.api(`/api/v1/label/${label}/values`, { 'match[]': selector, start: this.from, end: this.to });
-    this.values[variable.name] = variable.includeAll ? variable.allValue : found[0];
+    this.values[variable.name] = variable.includeAll ? variable.allValue : found[0] ?? '';
     return found;
   }
 

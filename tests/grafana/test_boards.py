@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, need_program
 from tests.grafana import boards, lint
 from tests.grafana.boards import Board, panel
 
@@ -46,6 +46,12 @@ def test_fits_in_a_config_map(uid: str) -> None:
     assert boards.path(uid).stat().st_size < 200_000
 
 
+def test_smoke_script_is_clean() -> None:
+    shellcheck = need_program("shellcheck", "shellcheck")
+    made = subprocess.run([shellcheck, str(ROOT / "grafana/smoke.sh")], capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stdout
+
+
 def test_uids_are_the_files() -> None:
     assert {path.stem for path in boards.FOLDER.glob("*.json")} == set(boards.UIDS)
 
@@ -61,7 +67,7 @@ def test_every_alert_has_a_panel_and_every_panel_its_runbook() -> None:
 
 # ------------------------------------------------------------------------------------------------- deliberate faults
 Spoil = Callable[[Board], Any]
-_TILE = "Serving range in use"
+_TILE = "Serving range"
 
 
 def _expr(title: str, old: str, new: str) -> Spoil:

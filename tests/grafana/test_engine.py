@@ -11,7 +11,8 @@ import pytest
 
 from tests.grafana import boards, engine
 from tests.grafana.boards import Board, panel
-from tests.grafana.engine import VERSIONS, Report, Stretch
+from tests.grafana.engine import VERSIONS, Report
+from tests.grafana.stretches import Stretch
 from tests.monitoring import history
 from tests.monitoring.pending import METRICS
 
@@ -52,7 +53,7 @@ TILES = {
     # Board, panel: what the known faults must look like, text and colour, at the end of the history.
     ("sluice-overview", "Alerts firing"): ("3", _RED),
     ("sluice-overview", "Non-finite values"): ("189", _RED),
-    ("sluice-overview", "Serving range in use"): ("93.6%", _RED),
+    ("sluice-overview", "Serving range"): ("93.6%", _RED),
     ("sluice-overview", "Ranks behind"): ("1", _RED),
     ("sluice-overview", "Oldest snapshot"): ("6.0 mins", _RED),
     ("sluice-overview", "Probe errors"): ("18", _ORANGE),
@@ -64,8 +65,8 @@ TILES = {
     ("sluice-quantization", "Serving dtype headroom"): ("1.07 ×", _ORANGE),
     ("sluice-quantization", "INT8 static headroom"): ("0.01 ×", _RED),
     ("sluice-quantization", "Clipped by static scales"): ("0.00108%", _ORANGE),
-    ("sluice-fleet", "Engines with non-finite values"): ("1", _RED),
-    ("sluice-fleet", "Engines with old snapshots"): ("1", _ORANGE),
+    ("sluice-fleet", "With non-finite values"): ("1", _RED),
+    ("sluice-fleet", "With old snapshots"): ("1", _ORANGE),
 }
 
 
@@ -119,18 +120,23 @@ def test_worst_engine_is_first(on_generated: Reports) -> None:
 # ---------------------------------------------------------------------------------------------- the recorded stretch
 WITHOUT_RULES = {"Alerts firing, A", "Alerts over time, A"}
 NOT_EXPORTED_THEN = {
-    # Made before there were a quantization probe, baselines, the time of forward passes and facts of the server.
-    "sluice-overview": {"Serving range in use, A", "Probe cost, A", "Probe cost over time, A", *WITHOUT_RULES},
+    # Made before there were a quantization probe, baselines, the time of forward passes and facts of the server,
+    # without a configuration file, rules and a guard.
+    "sluice-overview": {"Serving range, A", "Probe cost, A", "Probe cost over time, A", *WITHOUT_RULES},
     "sluice-layers": {
         "Largest activation, times the baseline, A", "Largest over median, times the baseline, A",
-        "Sink mass, change from the baseline, A",
+        "Sink mass, change from the baseline, A", "Layers against the baseline, A",
     },
     "sluice-attention": set[str](),
     "sluice-patches": {
         f"{title}, {ref}" for title, refs in (
-            ("Log-probability in trials", "A"), ("Tokens and non-finite rows in trials", "AB")) for ref in refs
+            ("Log-probability in trials", "A"), ("Tokens and non-finite rows in trials", "AB"),
+            ("Settings waiting for a restart", "A")) for ref in refs
     },
-    "sluice-monitor": {"Probe cost, A", "Snapshot interval, A", "Cost of all probes, A"},
+    "sluice-monitor": {
+        "Probe cost, A", "Snapshot interval, A", "Cost of all probes, A", "Configuration file, A",
+        "Configuration file over time, A",
+    },
     "sluice-fleet": {"Probe cost, A"},
 }  # fmt: skip
 """What the demo of the recording had nothing to say about; everything else must be there."""

@@ -46,6 +46,10 @@ FAULTS: dict[str, tuple[str, Spoil]] = {
         "sluice-attention",
         lambda b: panel(b, _CURVES)["fieldConfig"]["defaults"]["custom"].update(lineWidht=1),
     ),
+    "misspelt option of an override": (
+        "sluice-layers",
+        lambda b: panel(b, "Each layer now")["fieldConfig"]["overrides"][0]["properties"][1].update(id="custom.least"),
+    ),
     "misspelt default": ("sluice-attention", lambda b: panel(b, _TILE)["fieldConfig"]["defaults"].update(units="s")),
     "old panel option": ("sluice-patches", lambda b: panel(b, _LANES).update(nullPointMode="connected")),
     "mapping without a type": (

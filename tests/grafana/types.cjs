@@ -84,6 +84,10 @@ function claimPanel(panel, claim, names, queried) {
   if (!types) throw new Error(`${panel.title}: panels of type ${panel.type} are not checked`);
   claim(panel.title, 's.Panel', { ...rest, fieldConfig: { defaults, overrides: fieldConfig.overrides } });
   claim(`${panel.title}, options`, `${types}.Options`, options);
+  for (const { matcher, properties } of fieldConfig.overrides) {
+    const own = properties.filter(({ id }) => id.startsWith('custom.')).map(({ id, value }) => [id.slice(7), value]);
+    claim(`${panel.title}, override of ${matcher.options}`, `${types}.FieldConfig`, Object.fromEntries(own));
+  }
   if (custom) claim(`${panel.title}, custom`, `${types}.FieldConfig`, custom);
   for (const { datasource, ...query } of queried ? targets : []) {
     claim(`${panel.title}, ${query.refId}`, 'prometheus.PrometheusDataQuery', query);

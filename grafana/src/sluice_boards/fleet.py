@@ -26,7 +26,7 @@ def build() -> dict[str, Any]:
             Row("Worst engines first", [_worst_activation(), _worst_sinks(), _worst_monitor(), _worst_cost()]),
             Row("By model, version and patch state", [_models(), _versions(), _patch_states()]),
             Row("Over time", [_spread("Largest over median activation over engines",
-                                      "max", "sluice_activation_max_to_median_ratio", "short"),
+                                      "max", "sluice_activation_max_to_median_ratio", "short", log=True),
                               _spread("Sink mass over engines", "avg", "sluice_attention_sink_mass", "percentunit")]),
         ],
     )  # fmt: skip
@@ -35,22 +35,22 @@ def build() -> dict[str, Any]:
 def _tiles() -> list[Panel]:
     return [
         stat("Engines reporting", "Engines that report, by `sluice_info`.", "As many as you run.",
-             series(f"count({of('sluice_info')})", "engines"), "none", decimals=0, graph=True, width=4),
-        stat("Engines with non-finite values", "Engines whose hidden state had NaN or infinity in the time range.",
+             series(f"count({of('sluice_info')})", "engines"), "none", decimals=0, width=4),
+        stat("With non-finite values", "Engines whose hidden state had NaN or infinity in the time range.",
              "0.",
              series(f"sum((sum by ({ENGINE}) ({increase(of('sluice_nonfinite_total'))})) > bool 0)", "engines"),
              "none", colours=steps(red=1), alert="SluiceNonFiniteValues", decimals=0, width=4),
         stat("Engines behind", "Engines with a rank that does not run under the desired generation.", "0.",
              series(f"sum(max by ({ENGINE}) ({ranks_behind()}))", "engines"),
              "none", colours=steps(red=1), alert="SluiceRanksDisagree", decimals=0, width=4),
-        stat("Engines with old snapshots", f"Engines whose oldest snapshot is over {shared.AGE[1][0]:g} s old.", "0.",
+        stat("With old snapshots", f"Engines whose oldest snapshot is over {shared.AGE[1][0]:g} s old.", "0.",
              series(f"sum((max by ({ENGINE}) ({of('sluice_snapshot_age_seconds')})) > bool {shared.AGE[1][0]:g})",
                     "engines"),
              "none", colours=steps(orange=1), alert="SluiceSnapshotStale", decimals=0, width=4),
         stat("Engines paused", "Engines whose generation is paused.", "0.",
              series(f"sum({of('sluice_engine_paused')})", "engines"),
              "none", colours=steps(red=1), alert="SluiceEnginePaused", decimals=0, width=4),
-        stat("Engines with a patch on", "Engines on which at least one patch acts.", "As you set them.",
+        stat("With a patch on", "Engines on which at least one patch acts.", "As you set them.",
              series(f"sum(max by ({ENGINE}) ({of('sluice_patch_enabled')}))", "engines"), "none", decimals=0, width=4),
     ]  # fmt: skip
 
@@ -61,14 +61,14 @@ def _worst(title: str, says: str, good: str, heading: str, expr: str, unit: str,
         title, f"{says} The {_WORST} worst of the selected engines; click an instance to look at it.", good,
         [column(heading, rows(f"topk({_WORST}, {expr})"), unit, decimals=decimals, colours=colours)],
         labels={"model_name": "model", "instance": "instance", "engine": "engine"},
-        sort=f"-{heading}", alert=alert, size=(12, 9), link=("instance", _LINK),
+        sort=f"-{heading}", alert=alert, size=(12, 8), link=("instance", _LINK),
     )  # fmt: skip
 
 
 def _worst_activation() -> Panel:
     return _worst(
         "Largest over median activation", "Worst layer of each engine.", "Engines of one model are alike.",
-        "largest over median", f"max by ({ENGINE}) ({of('sluice_activation_max_to_median_ratio')})", "none",
+        "max/median", f"max by ({ENGINE}) ({of('sluice_activation_max_to_median_ratio')})", "none",
         alert="SluiceMassiveActivationsNew", decimals=0,
     )  # fmt: skip
 
@@ -105,11 +105,11 @@ def _models() -> Panel:
         [
             column("engines", by_model("count", "sluice_info"), "none", decimals=0),
             column("largest activation", by_model("max", "sluice_activation_abs_max"), "short", decimals=1),
-            column("largest over median", by_model("max", "sluice_activation_max_to_median_ratio"), "none",
+            column("max/median", by_model("max", "sluice_activation_max_to_median_ratio"), "none",
                    decimals=0),
             column("sink mass", by_model("avg", "sluice_attention_sink_mass"), "percentunit", decimals=1),
         ],
-        labels={"model_name": "model"}, size=(10, 8),
+        labels={"model_name": "model"}, size=(10, 7),
     )  # fmt: skip
 
 
@@ -117,7 +117,7 @@ def _versions() -> Panel:
     return table(
         "By version", "Engines by version of Sluice and of vLLM.", "One row, apart from a roll-out.",
         [column("engines", rows(f"count by (version, vllm_version) ({of('sluice_info')})"), "none", decimals=0)],
-        labels={"version": "Sluice", "vllm_version": "vLLM"}, size=(7, 8), sort="-engines",
+        labels={"version": "Sluice", "vllm_version": "vLLM"}, size=(7, 7), sort="-engines",
     )  # fmt: skip
 
 
@@ -127,12 +127,12 @@ def _patch_states() -> Panel:
     return table(
         "By patch state", "Engines by model, patch and whether it acts.", "Engines of one model are in one state.",
         [column("engines", rows(f"count by (model_name, patch, acts) ({acts})"), "none", decimals=0)],
-        labels={"model_name": "model", "patch": "patch", "acts": "acts"}, size=(7, 8), sort="model",
+        labels={"model_name": "model", "patch": "patch", "acts": "acts"}, size=(7, 7), sort="model",
         label_texts={"acts": shared.ON_OFF},
     )  # fmt: skip
 
 
-def _spread(title: str, function: str, metric: str, unit: str) -> Panel:
+def _spread(title: str, function: str, metric: str, unit: str, *, log: bool = False) -> Panel:
     value = f"{function} by ({ENGINE}) ({of(metric)})"
     return timeseries(
         title, "The highest, the median and the lowest engine of each model.",
@@ -140,5 +140,5 @@ def _spread(title: str, function: str, metric: str, unit: str) -> Panel:
         [series(f"max by (model_name) ({value})", "highest {{model_name}}"),
          series(f"quantile by (model_name) (0.5, {value})", "median {{model_name}}"),
          series(f"min by (model_name) ({value})", "lowest {{model_name}}")],
-        unit,
+        unit, log=log,
     )  # fmt: skip

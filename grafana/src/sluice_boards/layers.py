@@ -20,12 +20,13 @@ def build() -> dict[str, Any]:
     """Return the board."""
     return board(
         "sluice-layers", "Layers",
-        "What the hidden state, attention sinks and gates do in every decoder layer, over time and now.",
+        "What the hidden state, attention sinks and gates do in every decoder layer, over time and now. "
+        "Choose one model: layers of different models have nothing in common.",
         [
             Row("Layers over time", [shared.magnitude(), shared.ratio(), shared.sink_mass(), shared.gate_mean()]),
             Row("Layers now", [_now()]),
             Row("What is in a layer", [_spread(), _massive()]),
-            Row("Against the baseline (needs `sluice baseline record`)", _baseline(), collapsed=True),
+            Row("Against the baseline (needs sluice baseline record)", _baseline(), collapsed=True),
             Row("Full detail (needs telemetry.detail: full)", _full(), collapsed=True),
         ],
         layer=True,
@@ -46,7 +47,7 @@ def _now() -> Panel:
         [
             column("largest", rows(_by_layer("max", "sluice_activation_abs_max")), "short", decimals=1),
             column("median", rows(_by_layer("max", "sluice_activation_median")), "short", decimals=3),
-            column("largest over median", rows(_by_layer("max", "sluice_activation_max_to_median_ratio")), "none",
+            column("max/median", rows(_by_layer("max", "sluice_activation_max_to_median_ratio")), "none",
                    decimals=0),
             column("kurtosis", rows(_by_layer("max", "sluice_activation_kurtosis")), "none", decimals=0),
             column("channel", rows(_by_layer("max", "sluice_activation_top_channel", 'rank="1"')), "none", decimals=0),
@@ -56,7 +57,7 @@ def _now() -> Panel:
             column("non-finite, ever", rows(_by_layer("sum", "sluice_nonfinite_total")), "short", decimals=0,
                    colours=steps(panels.OFF, red=1e-9)),
         ],
-        labels={"layer": "layer"}, size=(24, 12), alert="SluiceNonFiniteValues",
+        labels={"layer": "layer"}, size=(24, 14), alert="SluiceNonFiniteValues",
         link=("layer", "/d/sluice-layers?${__url_time_range}&${datasource:queryparam}&${job:queryparam}"
                        "&${model_name:queryparam}&${instance:queryparam}&${engine:queryparam}"
                        "&var-layer=${__data.fields.layer}"),
@@ -105,7 +106,7 @@ def _baseline() -> list[Panel]:
             "0 is as recorded, 1 is twice, -1 is half.",
             "Near 0 in all layers.",
             series(f"log2(max by (layer) ({against}) > 0)", "{{layer}}"),
-            "none", alert="SluiceActivationDrift", need=needs.BASELINE, bounds=(-2, 2), scheme="RdBu", reverse=True,
+            "none", alert="SluiceActivationDrift", need=needs.BASELINE, bounds=(-2, 2), scheme="RdBu",
         ),
         state_timeline(
             "Layers against the baseline",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sluice_boards import shared
+from sluice_boards import needs, shared
 from sluice_boards.board import Row, board
 from sluice_boards.panels import Panel, column, stat, state_timeline, steps, table, timeseries
 from sluice_boards.queries import ENGINE, cost, increase, of, rate, rows, series
@@ -35,7 +35,7 @@ def _tiles() -> list[Panel]:
              colours=steps(orange=1e-9), alert="SluiceProbeErrors", decimals=0, width=4),
         shared.probe_cost(4),
         stat("Configuration file", "Whether the configuration file of every engine can be used.", "good.",
-             series(f"min({of('sluice_config_file_good')})", "file"), "none", texts=_FILE,
+             series(f"min({of('sluice_config_file_good')})", "file"), "none", texts=_FILE, need=needs.CONFIG_FILE,
              alert="SluiceConfigFileBroken", width=4),
         stat("Series a scrape", "Series that Sluice exports, over the selected engines.",
              "A few hundred an engine; 12 a layer by default.",
@@ -109,7 +109,7 @@ def _errors() -> Panel:
     return timeseries(
         "Errors by probe", "Errors inside each probe; the worker's log says why.", "0.",
         series(f"sum by (probe) (increase({of('sluice_probe_errors_total')}[$__rate_interval]))", "{{probe}}"), "short",
-        alert="SluiceProbeErrors", size=(8, 7), decimals=0,
+        alert="SluiceProbeErrors", size=(8, 7),
     )  # fmt: skip
 
 
@@ -118,7 +118,7 @@ def _file() -> Panel:
         "Configuration file over time", "A lane for each engine: whether its configuration file can be used. "
         "If not, the last good state stays in force.", "good.",
         series(f"min by (instance, engine) ({of('sluice_config_file_good')})", "{{instance}} {{engine}}"), _FILE,
-        alert="SluiceConfigFileBroken", size=(8, 7),
+        alert="SluiceConfigFileBroken", need=needs.CONFIG_FILE, size=(8, 7),
     )  # fmt: skip
 
 

@@ -74,7 +74,7 @@ def _largest() -> Panel:
         f"Largest absolute value of any layer's hidden state, by engine. {shared.ACTIVATION}",
         "Steady. A jump that stays means new massive activations or another kind of input.",
         series(f"max by ({ENGINE}) ({of('sluice_activation_abs_max')})", "{{model_name}} {{instance}} {{engine}}"),
-        "short", alert="SluiceActivationDrift",
+        "short", alert="SluiceActivationDrift", log=True,
     )  # fmt: skip
 
 
@@ -143,7 +143,7 @@ def _engines() -> Panel:
         [
             column("patches on", by_engine("sum", "sluice_patch_enabled"), "none", decimals=0),
             column("largest activation", by_engine("max", "sluice_activation_abs_max"), "short", decimals=1),
-            column("largest over median", by_engine("max", "sluice_activation_max_to_median_ratio"), "none",
+            column("max/median", by_engine("max", "sluice_activation_max_to_median_ratio"), "none",
                    decimals=0),
             column("sink mass", by_engine("avg", "sluice_attention_sink_mass"), "percentunit", decimals=1),
             column("non-finite, ever", by_engine("sum", "sluice_nonfinite_total"), "short", decimals=0,
@@ -154,7 +154,7 @@ def _engines() -> Panel:
                    texts={0.0: ("no", panels.OFF), 1.0: ("paused", "red")}),
         ],
         labels={"model_name": "model", "instance": "instance", "engine": "engine"},
-        alert="SluiceEnginePaused", need=needs.IDLE, size=(24, 8),
+        alert="SluiceEnginePaused", need=needs.IDLE, size=(24, 7),
         link=("instance", "/d/sluice-layers?${__url_time_range}&${datasource:queryparam}&${job:queryparam}"
                           "&var-model_name=${__data.fields.model}&var-instance=${__data.fields.instance}"
                           "&var-engine=${__data.fields.engine}"),

@@ -10,7 +10,7 @@ from sluice_boards.needs import IDLE, Need
 from sluice_boards.queries import DATASOURCE, Target
 
 RUNBOOKS = "https://github.com/vllm-sluice/sluice/blob/main/deploy/prometheus/runbooks"
-NEUTRAL = "#8ab8ff"
+NEUTRAL = "blue"
 """For values that are neither good nor bad in themselves."""
 OFF = "#6e7687"
 """A grey that is quieter than "on" in the dark and in the light theme."""
@@ -37,7 +37,7 @@ NO_JUDGEMENT: Steps = ((None, NEUTRAL),)
 def stat(
     title: str, says: str, good: str, target: Target, unit: str, *,
     colours: Steps = NO_JUDGEMENT, alert: str = "", need: Need = IDLE, decimals: int | None = None,
-    graph: bool = False, width: int = 3, texts: Mapping[float, tuple[str, str]] | None = None,
+    width: int = 3, texts: Mapping[float, tuple[str, str]] | None = None,
     plenty: tuple[str, float] | None = None,
 ) -> Panel:  # fmt: skip
     """One large number; `plenty` is what to show above a value, where the number no longer matters."""
@@ -52,7 +52,7 @@ def stat(
     panel["options"] = {
         "reduceOptions": {"calcs": ["lastNotNull"], "fields": "", "values": False},
         "colorMode": "value",
-        "graphMode": "area" if graph else "none",
+        "graphMode": "none",
         "justifyMode": "auto",
         "orientation": "auto",
         "textMode": "auto",
@@ -97,13 +97,20 @@ def timeseries(
 def layer_heatmap(
     title: str, says: str, good: str, target: Target, unit: str, *,
     alert: str = "", need: Need = IDLE, size: tuple[int, int] = (12, 10), decimals: int = 2,
-    bounds: tuple[float | None, float | None] = (None, None), scheme: str = "Turbo", reverse: bool = False,
+    bounds: tuple[float | None, float | None] = (None, None), scheme: str = "Spectral", low_is_bad: bool = False,
 ) -> Panel:  # fmt: skip
-    """Layers upwards, time to the right, the value as colour; one series a layer, no histogram."""
+    """Layers upwards, time to the right, the value as colour; one series a layer, no histogram.
+
+    Grafana turns a sequential scheme around by itself in one of its themes, and a diverging one in both, whatever
+    `reverse` says. Diverging schemes therefore always end in red; where low is what to look at, a reversed sequential
+    one makes low bright in both themes.
+    """
+    if low_is_bad:
+        scheme = "Inferno"
     panel = _panel("heatmap", title, says, good, [target], "", alert, need, size)
     panel["maxDataPoints"] = 240
     colour: dict[str, Any] = {
-        "mode": "scheme", "scheme": scheme, "steps": 64, "reverse": reverse, "exponent": 0.5, "fill": "dark-orange",
+        "mode": "scheme", "scheme": scheme, "steps": 64, "reverse": low_is_bad, "exponent": 0.5, "fill": "dark-orange",
         "scale": "exponential",
     }  # fmt: skip
     colour |= {name: value for name, value in zip(("min", "max"), bounds, strict=True) if value is not None}
@@ -140,6 +147,7 @@ def bar_gauge(
         "orientation": "horizontal",
         "reduceOptions": {"calcs": ["lastNotNull"], "fields": "", "values": False},
         "showUnfilled": True,
+        "text": {"titleSize": 12, "valueSize": 13},
         "valueMode": "text",
         "namePlacement": "left",
         "sizing": "manual",
@@ -203,8 +211,10 @@ def table(
         panel["transformations"].append({"id": "sortBy", "options": {"fields": {}, "sort": [by]}})
     # Numbers that are names, such as layer 007, must not be formatted as numbers.
     panel["fieldConfig"]["overrides"] = [
-        *(_override(heading, {"unit": "string"}) for heading in labels.values()),
-        *(_override(column["heading"], column["properties"]) for column in columns),
+        *(_override(heading, {"unit": "string", **_least_width(heading, _LABEL_WIDTHS.get(heading, 60))})
+          for heading in labels.values()),
+        *(_override(column["heading"], {**_least_width(column["heading"]), **column["properties"]})
+          for column in columns),
     ]
     for heading, texts in (label_texts or {}).items():
         properties = {"mappings": _mappings(texts), "custom.cellOptions": {"type": "color-text"}}
@@ -219,6 +229,12 @@ def table(
 
 
 Column = dict[str, Any]
+_LABEL_WIDTHS = {"instance": 115, "model": 90}
+
+
+def _least_width(heading: str, least: int = 50) -> dict[str, int]:
+    """Make room for the heading; Grafana's 150 pixels a column push the last ones out of sight."""
+    return {"custom.minWidth": max(least, round(7.2 * len(heading)) + 22)}
 
 
 def column(
@@ -234,6 +250,8 @@ def column(
         properties["color"] = {"mode": "thresholds"}
     if texts:
         properties |= {"mappings": _mappings(texts), "custom.cellOptions": {"type": "color-text"}}
+    if unit == "dateTimeAsIso":
+        properties["custom.minWidth"] = 170
     return {"heading": heading, "target": target, "properties": properties}
 
 

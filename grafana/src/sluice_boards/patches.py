@@ -9,7 +9,7 @@ from sluice_boards.board import Row, board
 from sluice_boards.panels import Panel, column, stat, state_timeline, steps, table, timeseries
 from sluice_boards.queries import ENGINE, equal, of, ranks_behind, rows, series
 
-_SETTLED = 300
+_SETTLED = 240
 """Seconds after a switch at which before and after are compared: windows of 60 s hold nothing old by then."""
 _LONGEST_STEP = 60
 """Seconds; the query's step is at most this, see `_before_after`."""
@@ -54,7 +54,7 @@ def _tiles() -> list[Panel]:
         stat("Settings waiting for a restart",
              "Settings in the configuration file that only a restart can bring into force.", "0.",
              series(f"max({of('sluice_config_restart_needed')})", "settings"), "none", colours=steps(orange=1),
-             alert="SluiceRestartNeeded", decimals=0, width=4),
+             need=needs.CONFIG_FILE, alert="SluiceRestartNeeded", decimals=0, width=4),
     ]  # fmt: skip
 
 
@@ -74,12 +74,12 @@ def _results() -> Panel:
         "Changes of the run-time state: applied, rolled_back (the old state holds), failed, or tried by the guard.",
         "Only applied and tried.",
         series(f"sum by (result) (increase({of('sluice_switches_total')}[$__rate_interval]))", "{{result}}"),
-        "short", alert="SluicePatchNotApplied", size=(12, 7), decimals=0,
+        "short", alert="SluicePatchNotApplied", size=(12, 7),
     )  # fmt: skip
 
 
 def _before_after() -> Panel:
-    """One row for each switch, from the one step of the range that lies five minutes after it."""
+    """One row for each switch, from the one step of the range that lies four minutes after it."""
     changed = f"max by ({ENGINE}, patch) ({of('sluice_patch_last_change_timestamp_seconds')})"
     settled = f"((time() - {changed}) >= {_SETTLED} < ({_SETTLED} + $__interval_ms / 1000))"
 
@@ -88,15 +88,15 @@ def _before_after() -> Panel:
         return rows(expr, over_time=True)
 
     def gauge(function: str, metric: str, offset: str) -> dict[str, Any]:
-        inner = f"avg_over_time({of(metric)}[4m]{offset})"
+        inner = f"avg_over_time({of(metric)}[3m]{offset})"
         return at_switch(f"{function} by ({ENGINE}) ({inner})")
 
     def latency(histogram: str, offset: str) -> dict[str, Any]:
-        buckets = f"rate({of(f'{histogram}_bucket')}[4m]{offset})"
+        buckets = f"rate({of(f'{histogram}_bucket')}[3m]{offset})"
         return at_switch(f"histogram_quantile(0.5, sum by (le, {ENGINE}) ({buckets}))")
 
     def tokens(offset: str) -> dict[str, Any]:
-        return at_switch(f"sum by ({ENGINE}) (rate({of('vllm:generation_tokens_total')}[4m]{offset}))")
+        return at_switch(f"sum by ({ENGINE}) (rate({of('vllm:generation_tokens_total')}[3m]{offset}))")
 
     # The step that is found lies up to one step after the time that is meant; look back further by that much.
     before = f" offset {_SETTLED + _LONGEST_STEP}s"
@@ -105,10 +105,10 @@ def _before_after() -> Panel:
                  over_time=True)  # fmt: skip
     panel = table(
         "Before and after each switch",
-        "Minutes 5 to 1 before a switch and minutes 1 to 5 after it, once they are over. Latencies are vLLM's "
-        "medians. A switch that is followed by another within five minutes is left out; other traffic before and "
-        "after differs too, so look at the curves below.",
-        "Sinks and ratio fall when a gate is switched on; TTFT, ITL and tokens/s stay as they were.",
+        "Minutes 4 to 1 before a switch and minutes 1 to 4 after it, once they are over. Ratio is the largest over the "
+        "median activation, latencies are vLLM's medians. A switch that is followed by another within four minutes is "
+        "left out. Traffic before and after differs too, so look at the curves below.",
+        "Sinks and ratio fall when a gate is switched on; TTFT, ITL and tokens per second stay as they were.",
         [
             column("switched at", when, "dateTimeAsIso"),
             column("to", state, "none", texts=shared.ON_OFF),
@@ -116,15 +116,15 @@ def _before_after() -> Panel:
                 column(f"{name} {label}", make(offset), unit, decimals=decimals)
                 for name, make, unit, decimals in (
                     ("sinks", lambda o: gauge("avg", "sluice_attention_sink_mass", o), "percentunit", 1),
-                    ("max/median", lambda o: gauge("max", "sluice_activation_max_to_median_ratio", o), "none", 0),
+                    ("ratio", lambda o: gauge("max", "sluice_activation_max_to_median_ratio", o), "none", 0),
                     ("TTFT", lambda o: latency("vllm:time_to_first_token_seconds", o), "s", 1),
                     ("ITL", lambda o: latency("vllm:inter_token_latency_seconds", o), "s", 1),
-                    ("tokens/s", tokens, "short", 0),
+                    ("tok/s", tokens, "short", 0),
                 )
                 for label, offset in (("before", before), ("after", ""))
             ],
         ],
-        labels={"patch": "patch", "model_name": "model", "instance": "instance", "engine": "engine"},
+        labels={"patch": "patch", "instance": "instance", "engine": "engine"},
         sort="-switched at", need=needs.SWITCHED, size=(24, 8),
     )  # fmt: skip
     panel |= {"interval": "30s", "maxDataPoints": 1500}  # a step of a minute at most, up to 25 hours
@@ -148,7 +148,7 @@ def _effect_ratio() -> Panel:
     return _effect(
         "Largest over median activation", "Largest ratio of any layer, by engine; the marks are switches.",
         "Falls when a gate is switched on.",
-        f"max by ({ENGINE}) ({of('sluice_activation_max_to_median_ratio')})", "short",
+        f"max by ({ENGINE}) ({of('sluice_activation_max_to_median_ratio')})", "short", log=True,
         alert="SluiceMassiveActivationsNew",
     )  # fmt: skip
 

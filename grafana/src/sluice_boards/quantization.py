@@ -98,9 +98,9 @@ def _snr_heatmap() -> Panel:
     return layer_heatmap(
         "SNR by layer, chosen format and scale",
         f"Signal to quantization noise in dB of the format and scale chosen above, worst site. {_WHERE}",
-        f"Above {_GOOD_SNR:g} dB. Red rows are the layers to keep in a wider format.",
+        f"Above {_GOOD_SNR:g} dB. Bright rows are low: the layers to keep in a wider format.",
         series(f"min by (layer) ({_snr(*_CHOSEN)})", "{{layer}}"),
-        _DECIBELS, need=needs.QUANTIZATION, decimals=1, scheme="RdYlGn",
+        _DECIBELS, need=needs.QUANTIZATION, decimals=1, low_is_bad=True,
     )  # fmt: skip
 
 
@@ -143,10 +143,10 @@ def _room(form: str, scale: str) -> Panel:
     return layer_heatmap(
         f"Room in {name} by layer",
         f"Largest number that {name} can hold, divided by the largest absolute value seen, worst site. Colour is the "
-        "logarithm to base 10: 0 is the limit, below it values are clipped.",
+        "logarithm to base 10: 0 is the limit, below it values are clipped. Bright is low.",
         "Above 0.3, which is twice.",
         series(f"log10(min by (layer) ({_headroom(form, scale)}) > 0)", "{{layer}}"),
-        "none", need=needs.QUANTIZATION, scheme="RdYlGn",
+        "none", need=needs.QUANTIZATION, low_is_bad=True, bounds=(0, 4) if form == "serving" else (-1, 2),
         alert="SluiceServingRangeSaturated" if form == "serving" else "",
     )  # fmt: skip
 

@@ -30,8 +30,9 @@ def range_used(width: int = 3) -> Panel:
     """Largest activation as a share of what the served dtype holds."""
     engine_max = f"max by ({ENGINE}) ({of('sluice_activation_abs_max')})"
     return stat(
-        "Serving range in use",
-        "Largest activation, divided by the largest number that the served dtype can hold, in the worst engine.",
+        "Serving range",
+        "Share of the served dtype's range that is in use in the worst engine: its largest activation divided by the "
+        "largest number that the dtype can hold.",
         "Far below 50 %. With bfloat16 it is always near 0 %; with float16 the limit is 65504.",
         series(f"max({engine_max} / on ({ENGINE}) max by ({ENGINE}) ({of('sluice_serving_dtype_max')}))", "used"),
         "percentunit", colours=steps(orange=0.5, red=0.9), alert="SluiceServingRangeSaturated", decimals=1,
