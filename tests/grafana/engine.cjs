@@ -6,6 +6,8 @@
 // Writes {path: {version: {faults: [{where, what}], empty: [where], panels: {title: {fields, shown}}, events: {}}}}.
 'use strict';
 const fs = require('fs');
+const path = require('path');
+const esbuild = require('esbuild');
 const { JSDOM } = require('jsdom');
 const { lastValueFrom } = require('rxjs');
 const { wire } = require('./prepare.cjs');
@@ -156,9 +158,14 @@ function describe(panel, frames, grafana) {
 }
 
 // --------------------------------------------------------------------------------------------------- one @grafana/data
+// Bundled, because the packages mix module systems in a way that Node before 20.19, such as Debian 12's, refuses.
 function load(version) {
-  const data = require(`grafana-data-${version}`);
-  return wire(data, lastValueFrom);
+  const bundle = path.join(__dirname, `node_modules/.cache/grafana-data-${version}.cjs`);
+  if (!fs.existsSync(bundle)) {
+    esbuild.buildSync({ entryPoints: [require.resolve(`grafana-data-${version}`)], outfile: bundle, bundle: true,
+      platform: 'node', format: 'cjs', logLevel: 'error' });
+  }
+  return wire(require(bundle), lastValueFrom);
 }
 
 function pretendBrowser() {

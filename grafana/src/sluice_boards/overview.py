@@ -82,7 +82,7 @@ def _sinks() -> Panel:
     return timeseries(
         "Sink mass",
         f"{shared.SINK} Mean over layers, by engine.",
-        "Steady; it falls when a gate is switched on.",
+        "Steady between switches.",
         series(f"avg by ({ENGINE}) ({of('sluice_attention_sink_mass')})", "{{model_name}} {{instance}} {{engine}}"),
         "percentunit", alert="SluiceSinkRateShifted",
     )  # fmt: skip

@@ -71,7 +71,8 @@ def _ranks() -> Panel:
 def _results() -> Panel:
     return timeseries(
         "Changes by result",
-        "Changes of the run-time state: applied, rolled_back (the old state holds), failed, or tried by the guard.",
+        "Changes of the run-time state: applied, rolled_back (the old state holds), failed, or tried by the guard. "
+        "Prometheus extrapolates, so one change may show as 1.3.",
         "Only applied and tried.",
         series(f"sum by (result) (increase({of('sluice_switches_total')}[$__rate_interval]))", "{{result}}"),
         "short", alert="SluicePatchNotApplied", size=(12, 7),
@@ -108,7 +109,7 @@ def _before_after() -> Panel:
         "Minutes 4 to 1 before a switch and minutes 1 to 4 after it, once they are over. Ratio is the largest over the "
         "median activation, latencies are vLLM's medians. A switch that is followed by another within four minutes is "
         "left out. Traffic before and after differs too, so look at the curves below.",
-        "Sinks and ratio fall when a gate is switched on; TTFT, ITL and tokens per second stay as they were.",
+        "Sinks and ratio move the way they did in your trials; TTFT, ITL and tokens per second stay as they were.",
         [
             column("switched at", when, "dateTimeAsIso"),
             column("to", state, "none", texts=shared.ON_OFF),
@@ -139,7 +140,7 @@ def _effect(title: str, says: str, good: str, expr: str, unit: str, **options: A
 def _effect_sinks() -> Panel:
     return _effect(
         "Sink mass", f"{shared.SINK} Mean over layers, by engine; the marks are switches.",
-        "Falls when a gate is switched on.",
+        shared.EITHER_WAY,
         f"avg by ({ENGINE}) ({of('sluice_attention_sink_mass')})", "percentunit", alert="SluiceSinkRateShifted",
     )  # fmt: skip
 
@@ -147,7 +148,7 @@ def _effect_sinks() -> Panel:
 def _effect_ratio() -> Panel:
     return _effect(
         "Largest over median activation", "Largest ratio of any layer, by engine; the marks are switches.",
-        "Falls when a gate is switched on.",
+        shared.EITHER_WAY,
         f"max by ({ENGINE}) ({of('sluice_activation_max_to_median_ratio')})", "short", log=True,
         alert="SluiceMassiveActivationsNew",
     )  # fmt: skip

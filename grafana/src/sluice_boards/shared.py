@@ -11,6 +11,10 @@ COST_BUDGET = 0.05
 """Share of the forward passes' time that SluiceProbeCostHigh allows."""
 AGE: Steps = steps(orange=15, red=60)
 
+EITHER_WAY = (
+    "Steady between switches. Which way a switch moves it depends on the model: one that was trained with gates is not "
+    "itself without them."
+)
 ACTIVATION = "The hidden state of a layer is the residual stream after it."
 SINK = "Sink mass is the share of attention that goes to position 0, mean over heads and sampled queries."
 
@@ -112,7 +116,7 @@ def sink_mass(size: tuple[int, int] = (12, 10)) -> Panel:
     return layer_heatmap(
         "Sink mass by layer",
         f"{SINK} Heads with nothing to do park their attention there.",
-        "Steady. High is normal in a model without gates; gates should make it low.",
+        "Steady between switches. High is normal in a model without gates; one that was trained with gates has less.",
         series(f"avg by (layer) ({of_layers('sluice_attention_sink_mass')})", "{{layer}}"),
         "percentunit", alert="SluiceSinkRateShifted", size=size, decimals=0, bounds=(0, 1),
     )  # fmt: skip

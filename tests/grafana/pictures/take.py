@@ -48,7 +48,8 @@ def main() -> None:
         with serve(folder) as stretch, _Site(folder / "site") as site, Browser() as browser:
             for uid in asked.uids or boards.UIDS:
                 _write_page(folder / "site", uid, stretch, "light" if asked.light else "dark")
-                _take(browser, f"{site.url}/{uid}.html", asked.out / f"{uid}.png")
+                name = f"recorded-{uid}" if asked.recorded else uid
+                _take(browser, f"{site.url}/{uid}.html", asked.out / f"{name}.png")
 
 
 def _bundle(out: Path) -> None:
