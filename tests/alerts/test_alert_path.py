@@ -174,7 +174,7 @@ def test_an_alert_reaches_the_webhook_and_the_worse_one_silences_it(path: AlertP
     assert alert["labels"]["severity"] == "warning"
     assert alert["annotations"]["runbook_url"] == RUNBOOK_URL.format("SluiceActivationDrift")
     assert alert["annotations"]["dashboard_url"].startswith("/d/sluice-layers?var-job=vllm&var-instance=127.0.0.1%3A")
-    assert alert["annotations"]["dashboard_url"].endswith("&var-model_name=org%2Fmodel&var-engine=0")
+    assert "&var-model_name=org%2Fmodel&var-engine=0&viewPanel=" in alert["annotations"]["dashboard_url"]
     assert "In 4 layers of org/model (engine 0, " in alert["annotations"]["description"]
     assert "at 5.00 times its baseline." in alert["annotations"]["description"]
 

@@ -293,15 +293,22 @@ def test_an_alert_links_to_a_board_with_its_variables(name: str) -> None:
     variables = dict(re.findall(r"var-(\w+)=\{\{ \$labels\.(\w+) \| urlquery \}\}", url))
     assert all(variable == label for variable, label in variables.items())
     assert {"job", "instance", "model_name"} <= variables.keys() <= {"job", "instance", "model_name", "engine"}
+    panel = re.search(r"&viewPanel=(\d+)$", url)
+    assert panel
     board = ROOT / "grafana" / "dashboards" / f"{uid}.json"
     if board.exists():
         tree = json.loads(board.read_text(encoding="utf-8"))
         assert tree["uid"] == uid
-        assert {"job", "instance", "model_name", "engine"} <= {v["name"] for v in tree["templating"]["list"]}
-        linked = re.findall(r"runbooks/(\w+)\.md", json.dumps(tree["panels"]))
-        assert name in linked, f"no panel of {uid} links to the runbook of {name}"
-        if view := re.search(r"viewPanel=(?:panel-)?(\d+)", url):
-            assert f'"id": {view[1]},' in json.dumps(tree["panels"])
+        assert variables.keys() <= {variable["name"] for variable in tree["templating"]["list"]}
+        linked = {p["id"]: p["title"] for p in panels(tree) if f"/{name}.md" in json.dumps(p.get("links", []))}
+        assert int(panel[1]) in linked, f"of {uid} these panels link to the runbook of {name}: {linked}"
+
+
+def panels(tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield all panels of a board, those in collapsed rows too."""
+    for panel in tree["panels"]:
+        yield panel
+        yield from panel.get("panels", [])
 
 
 def test_a_runbook_for_each_alert_and_none_without() -> None:
@@ -348,3 +355,11 @@ def test_the_table_of_runbooks_is_the_rules() -> None:
     expected = [(name, name, alert["labels"]["severity"]) for name, alert in alerts().items()]
     assert sorted(rows) == sorted(expected)
     assert [severity for _, _, severity in rows] == sorted((s for _, _, s in rows), key=SEVERITIES.index)
+
+
+def test_the_table_in_the_docs_is_the_rules() -> None:
+    text = (ROOT / "docs" / "alerts.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (Sluice\w+) \| (\w+) \| (\w+) \|", text, re.MULTILINE)
+    assert rows == [(name, alert["labels"]["severity"], alert.get("for", "0")) for name, alert in alerts().items()]
+    for name in re.findall(r"model_engine[a-z_]*:\w+:\w+", text):
+        assert name in recordings()
