@@ -33,7 +33,7 @@ def test_the_stack_evaluates_every_rule_on_real_metrics(twin_gated: Path, tmp_pa
     (dashboards / "sluice-overview.json").write_text("{}")
     port = free_port()
     command = [sys.executable, "-m", "vllm_sluice.cli", "stack", str(twin_gated), "--port", str(port),
-               "--dashboards", str(dashboards)]  # fmt: skip
+               "--dashboards", str(dashboards), "--", "--enforce-eager"]  # fmt: skip
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLUICE_", "VLLM_ENABLE_V1"))}
     stack = Child(command, tmp_path / "stack.log", environment)
 
