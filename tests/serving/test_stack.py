@@ -28,12 +28,9 @@ RULES = ROOT / "deploy" / "prometheus" / "rules" / "sluice.rules.yml"
 def test_the_stack_evaluates_every_rule_on_real_metrics(twin_gated: Path, tmp_path: Path) -> None:
     need_program("prometheus", "prometheus")
     need_program("prometheus-alertmanager", "prometheus-alertmanager")
-    dashboards = tmp_path / "dashboards"
-    dashboards.mkdir()
-    (dashboards / "sluice-overview.json").write_text("{}")
     port = free_port()
     command = [sys.executable, "-m", "vllm_sluice.cli", "stack", str(twin_gated), "--port", str(port),
-               "--dashboards", str(dashboards), "--", "--enforce-eager"]  # fmt: skip
+               "--", "--enforce-eager"]  # fmt: skip
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLUICE_", "VLLM_ENABLE_V1"))}
     stack = Child(command, tmp_path / "stack.log", environment)
 

@@ -197,7 +197,7 @@ def test_rules_are_named_from_anywhere_and_alerting_only_where_it_is():
 
 def test_grafanas_other_name_takes_a_subcommand(monkeypatch, tmp_path):
     started = {}
-    monkeypatch.setattr(grafana, "program", lambda *names: "/opt/grafana/bin/grafana")
+    monkeypatch.setattr(grafana, "installed", lambda: "/opt/grafana/bin/grafana")
     monkeypatch.setattr(grafana, "_HOME", tmp_path / "none")
     monkeypatch.setattr(grafana, "Child", lambda name, command, log, environ: started.update(command=command))
     grafana.start(tmp_path, "http://127.0.0.1:9090", "15s", tmp_path)

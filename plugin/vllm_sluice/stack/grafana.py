@@ -19,6 +19,11 @@ _HOME = Path("/usr/share/grafana")
 """Where the packages put Grafana's own files; an archive has them beside the program."""
 
 
+def installed() -> str | None:
+    """Return the path of Grafana's program, or None."""
+    return program("grafana-server", "grafana")
+
+
 def start(dashboards: Path, prometheus: str, scrape_interval: str, scratch: Path) -> Service | None:
     """Start Grafana with the boards of a folder; return None if it is not installed.
 
@@ -33,7 +38,7 @@ def start(dashboards: Path, prometheus: str, scrape_interval: str, scratch: Path
     scratch
         Folder for data, logs and provisioning.
     """
-    path = program("grafana-server", "grafana")
+    path = installed()
     if path is None:
         return None
     port = free_port(_PORT, "Grafana")

@@ -56,12 +56,13 @@ def run(args: argparse.Namespace) -> int:
     Problem
         If it cannot start, or a process of it ended by itself.
     """
-    from vllm_sluice.stack import server
+    from vllm_sluice.stack import grafana, server
     from vllm_sluice.stack.console import Stop, Stopped
     from vllm_sluice.stack.service import program
 
     deploy = folder(args.deploy, _DEPLOY, "rules/*.yml", "--deploy")
-    dashboards = folder(args.dashboards, _DASHBOARDS, "*.json", "--dashboards")
+    wanted = args.dashboards or grafana.installed()
+    dashboards = folder(args.dashboards, _DASHBOARDS, "*.json", "--dashboards") if wanted else None
     if program("prometheus") is None:
         raise Problem("Prometheus is not installed; on Debian: apt-get install prometheus prometheus-alertmanager")
     server.check(args.model, args.port)
@@ -90,7 +91,7 @@ def folder(named: Path | None, default: Path, pattern: str, option: str) -> Path
     raise Problem(f"{found} has no {pattern}; {option} takes a folder like {default} of Sluice's repository")
 
 
-def _stack(args: argparse.Namespace, deploy: Path, dashboards: Path, scratch: Path, stop: Stop) -> None:
+def _stack(args: argparse.Namespace, deploy: Path, dashboards: Path | None, scratch: Path, stop: Stop) -> None:
     from vllm_sluice.stack import alertmanager, grafana, prometheus, server
     from vllm_sluice.stack.console import StatusLine
     from vllm_sluice.stack.loopback import HOST
@@ -119,7 +120,8 @@ def _stack(args: argparse.Namespace, deploy: Path, dashboards: Path, scratch: Pa
         monitor = add("Prometheus", prometheus.start(settings, scratch))
         if monitor is None:
             raise Problem("Prometheus is gone; it was installed a moment ago")
-        add("Grafana", grafana.start(dashboards, monitor.url, settings["global"]["scrape_interval"], scratch))
+        if dashboards is not None:
+            add("Grafana", grafana.start(dashboards, monitor.url, settings["global"]["scrape_interval"], scratch))
         server.wait_until_healthy(model, base, line, stop)
         line.clear()
         print(_welcome(base, server.served_model(base)[0], services, scratch), flush=True)
