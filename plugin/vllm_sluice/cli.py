@@ -79,6 +79,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     _add_gates(commands)
     _add_metrics(commands)
     _add_control(commands)
+    _add_exporter(commands)
     if arguments[:1] == ["lab"]:
         _add_lab(commands)
     else:
@@ -146,6 +147,12 @@ def _add_control(commands: Subparsers) -> None:
     from vllm_sluice.commands import control
 
     control.add_commands(commands)
+
+
+def _add_exporter(commands: Subparsers) -> None:
+    from vllm_sluice.commands import exporter
+
+    exporter.add_command(commands)
 
 
 def _add_lab(commands: Subparsers) -> None:

@@ -50,7 +50,7 @@ def test_version(sluice):
 def test_help_names_every_command(sluice):
     status, out, _ = sluice("--help")
     assert status == 0
-    for command in ("serve", "demo", "doctor", "config", "gates", "metrics", "lab"):
+    for command in ("serve", "demo", "doctor", "config", "gates", "metrics", "exporter", "lab"):
         assert f"\n    {command} " in out
 
 

@@ -29,11 +29,19 @@ class Sample:
 ServerValues = Callable[[], Iterable[tuple[str, tuple[tuple[str, str], ...], float]]]
 """Returns metric, labels besides the common ones, and value of what holds for the server as a whole."""
 
+Presence = Callable[[Snapshot], bool]
+"""Tells whether the rank behind a snapshot is still there."""
+
+
+def process_lives(snapshot: Snapshot) -> bool:
+    """Tell whether the process that wrote a snapshot exists."""
+    return rundir.alive(snapshot.info.pid)
+
 
 class SnapshotCollector(Collector):
     """Collects the snapshots in one folder.
 
-    Snapshots of processes that are gone are left out, so their series end at the next scrape.
+    Snapshots of ranks that are gone are left out, so their series end at the next scrape.
 
     Parameters
     ----------
@@ -43,11 +51,20 @@ class SnapshotCollector(Collector):
         What `collect` yields.
     server
         Values of the server as a whole; every engine reports them.
+    present
+        Which ranks are still there; default: those whose process exists.
     """
 
-    def __init__(self, folder: Path, detail: Detail = "standard", server: ServerValues = lambda: ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        detail: Detail = "standard",
+        server: ServerValues = lambda: (),
+        present: Presence = process_lives,
+    ) -> None:
         self._folder = folder
         self._server = server
+        self._present = present
         self._detail: Detail = detail
         self._readers: dict[Path, SnapshotReader] = {}
 
@@ -64,8 +81,8 @@ class SnapshotCollector(Collector):
                     reader = self._readers[path] = SnapshotReader(path)
             except (OSError, ValueError):
                 continue
-            snapshot = reader.read() if rundir.alive(reader.info.pid) else None
-            if snapshot is not None:
+            snapshot = reader.read()
+            if snapshot is not None and self._present(snapshot):
                 found.append(snapshot)
         return found
 

@@ -37,6 +37,16 @@ def create(folder: Path) -> None:
             shutil.rmtree(other, ignore_errors=True)
 
 
+def of_running_servers() -> list[Path]:
+    """Return this user's run folders in the default place whose first process is running."""
+    return [folder for folder in sorted(_base().glob(f"{_NAME}{os.getuid()}-*")) if _is_served(folder)]
+
+
+def _is_served(folder: Path) -> bool:
+    pid, _, ticks = folder.name.removeprefix(f"{_NAME}{os.getuid()}-").partition("-")
+    return pid.isdigit() and ticks != "" and _start_ticks(int(pid)) == ticks
+
+
 def _remove_at_exit(folder: Path, owner: int) -> None:
     if os.getpid() == owner:  # a forked child inherits the registration, not the folder
         shutil.rmtree(folder, ignore_errors=True)
