@@ -10,7 +10,8 @@ import yaml
 
 from tests.deploy.kubernetes import problems
 from tests.deploy.tools import DASHBOARDS, KUSTOMIZE, ROOT, RULES, built, need_sources, one, output, run, tool
-from vllm_sluice import config
+from vllm_sluice import cli, config
+from vllm_sluice.control.journal import stamp
 
 PLAIN = ("base", "overlays/annotations", "overlays/cpu", "overlays/multi-node")
 OPERATOR = "overlays/prometheus-operator"
@@ -174,8 +175,21 @@ def test_every_port_that_is_scraped_exists():
 def test_exporter_is_asked_for_things_that_it_knows():
     worker = one(built(KUSTOMIZE / "overlays/multi-node"), "StatefulSet", "sluice-worker")
     container = worker["spec"]["template"]["spec"]["containers"][1]
-    from vllm_sluice import cli
-
     args = cli._parser([]).parse_args([*container["command"][1:], *container["args"]])
     assert args.port == container["ports"][0]["containerPort"]
     assert (ROOT / "plugin/vllm_sluice/commands/exporter.py").is_file()
+
+
+def test_the_kubelets_way_to_renew_a_file_is_seen(tmp_path):
+    """It writes a new folder and turns the link `..data` over to it; the file is a link through that one."""
+    for number, window in enumerate((60, 90)):
+        (tmp_path / f"..{number}").mkdir()
+        (tmp_path / f"..{number}/sluice.yaml").write_text(f"telemetry: {{window_seconds: {window}}}\n")
+    data, file = tmp_path / "..data", tmp_path / "sluice.yaml"
+    data.symlink_to("..0")
+    file.symlink_to("..data/sluice.yaml")
+    before = stamp(file)
+    (tmp_path / "..data_tmp").symlink_to("..1")
+    (tmp_path / "..data_tmp").rename(data)
+    assert stamp(file) != before
+    assert config.load(file, environ={}).config.telemetry.window_seconds == 90
