@@ -15,9 +15,10 @@ from vllm_sluice.control.journal import stamp
 
 PLAIN = ("base", "overlays/annotations", "overlays/cpu", "overlays/multi-node")
 OPERATOR = "overlays/prometheus-operator"
+NODE_RULES = "components/multi-node-rules"
 
 
-@pytest.mark.parametrize("name", [*PLAIN, OPERATOR])
+@pytest.mark.parametrize("name", [*PLAIN, OPERATOR, NODE_RULES])
 def test_it_builds_and_every_field_is_known(name, tmp_path):
     if name == OPERATOR:
         need_sources()
