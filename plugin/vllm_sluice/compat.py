@@ -10,7 +10,7 @@ import contextlib
 import functools
 import inspect
 import logging
-from collections.abc import AsyncIterator, Callable, Generator, Mapping
+from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,19 @@ def run_command(arguments: list[str]) -> None:
     from vllm.entrypoints.cli.main import main
 
     main()
+
+
+def offline_engine(model: str, options: Sequence[str]) -> Any:
+    """Build vLLM's `LLM` (entrypoints/llm.py) on a model, eager and without prefix cache unless the options say else.
+
+    `options` are those of `vllm serve`. A wrong one ends the process with status 2, as argparse does.
+    """
+    from vllm import LLM, EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="options of vLLM"))
+    arguments = ["--model", model, "--enforce-eager", "--no-enable-prefix-caching", *options]
+    return LLM.from_engine_args(EngineArgs.from_cli_args(parser.parse_args(arguments)))
 
 
 def is_tested_version(version: str) -> bool:
@@ -109,6 +122,11 @@ class Load:
     def hidden_size(self) -> int:
         """Width of the language model's hidden state."""
         return int(self.vllm_config.model_config.get_hidden_size())
+
+    @property
+    def layers(self) -> int:
+        """Number of decoder layers of the whole model; 0 if its configuration does not say."""
+        return int(getattr(self.hf_config.get_text_config(), "num_hidden_layers", 0) or 0)
 
     @property
     def context_parallel(self) -> bool:

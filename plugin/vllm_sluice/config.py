@@ -37,6 +37,10 @@ RUNTIME = {"runtime": True}
 """Marks a key that may change while the server runs (`json_schema_extra` of its field)."""
 
 
+Site = Literal["hidden", "attention_input", "mlp_input"]
+"""Where the `quantization` probe looks."""
+
+
 class ConfigError(ValueError):
     """The configuration cannot be used; the message names the key, what was found and what to do."""
 
@@ -127,12 +131,42 @@ class GateProbe(_Strict):
     """A gate below this counts as closed."""
 
 
+class QuantizationProbe(_Strict):
+    """How much of what goes into the matrix products would survive INT8 and FP8.
+
+    Off by default: it reads up to three more tensors a layer in every forward pass and exports up to 36 series a layer.
+    """
+
+    install: bool = False
+    """Build the probe into the model. It costs time in every forward pass: measure, then leave it out again."""
+    enabled: Annotated[bool, Field(json_schema_extra=RUNTIME)] = True
+    """Whether the installed probe looks at tokens."""
+    sites: tuple[Site, ...] = ("hidden", "attention_input", "mlp_input")
+    """What to look at: the hidden state after the layer, the input of the q, k and v projections, that of the MLP."""
+    sample_rows: Annotated[int, Field(ge=1, le=1024)] = 16
+    """Tokens a forward pass that are quantized and compared; largest values and clipped entries see every token."""
+    interval_seconds: Annotated[float, Field(ge=0, le=60, json_schema_extra=RUNTIME)] = 0.25
+    """Quantize in one forward pass in this time, or fewer if that takes over 2 % of the time; 0: every pass."""
+
+    @model_validator(mode="after")
+    def _sites_are_named_once(self) -> QuantizationProbe:
+        if not self.sites or len(set(self.sites)) < len(self.sites):
+            raise ValueError(f"sites needs each site once and at least one; found {', '.join(self.sites) or 'none'}")
+        return self
+
+
 class Probes(_Strict):
     """Measurements taken inside the forward pass."""
 
     residual: ResidualProbe = ResidualProbe()
     attention: AttentionProbe = AttentionProbe()
     gate: GateProbe = GateProbe()
+    quantization: QuantizationProbe = QuantizationProbe()
+
+    @property
+    def any_installed(self) -> bool:
+        """Whether any probe is to be built into the model."""
+        return any(getattr(self, kind).install for kind in type(self).model_fields)
 
 
 class Telemetry(_Strict):
@@ -146,6 +180,8 @@ class Telemetry(_Strict):
     """`standard` exports at most 12 series a layer on /metrics, `full` everything in the catalogue."""
     run_dir: str | None = None
     """Folder in which every server makes one of its own for its snapshots; default: /dev/shm."""
+    baseline: str | None = None
+    """Calibration file that `sluice baseline record` wrote; what it holds is exported for comparison."""
 
     @model_validator(mode="after")
     def _window_holds_intervals(self) -> Telemetry:

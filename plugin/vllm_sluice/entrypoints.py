@@ -104,10 +104,8 @@ def fingerprint() -> str:
     from vllm_sluice.checkpoints.gates import sidecar_shapes
 
     settings = config.load().config
-    probes = settings.probes
     source = settings.patches.gate.source
-    nothing = source == "none" and not (probes.residual.install or probes.attention.install or probes.gate.install)
-    if not settings.enabled or nothing:
+    if not settings.enabled or (source == "none" and not settings.probes.any_installed):
         return ""
     shapes = sidecar_shapes(Path(source)) if source.endswith(".safetensors") else {}
     parts = [__version__, settings.structural_fingerprint(), shapes, _Loading.installed]

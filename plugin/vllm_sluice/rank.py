@@ -7,6 +7,7 @@ snapshot happen once per interval in a thread; a lock keeps it from a forward pa
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 import time
@@ -30,6 +31,7 @@ from vllm_sluice.probes.installer import PROBE_KINDS, ProbeSet
 from vllm_sluice.probes.requests import RequestLedger, RequestRecords
 from vllm_sluice.probes.window import Window
 from vllm_sluice.telemetry import rundir
+from vllm_sluice.telemetry.baseline import BaselineInForce
 from vllm_sluice.telemetry.snapshot import SUFFIX, RankInfo, Series, SnapshotWriter
 from vllm_sluice.trial import TrialMeter
 
@@ -63,14 +65,20 @@ class Rank:
         self._info = info
         self._lock = threading.Lock()
         self._publishing = threading.Lock()
-        self._windows = {p.kind: Window(type(p), config.telemetry.window_seconds) for p in self._probes}
+        self._telemetry = config.telemetry
+        self._dtype_max = torch.finfo(load.dtype).max
+        self._forward_seconds = 0.0
+        seen = {layer for probe in self._probes for layer in probe.layers}
+        self._baseline = BaselineInForce(config.telemetry.baseline, info.model_name, seen, load.layers)
+        self._windows = self._new_windows()
         self._passes_since_take = 0
         self._errors = dict.fromkeys(PROBE_KINDS, 0) | dict.fromkeys(self._unavailable, 1)
         self._seconds = dict.fromkeys(PROBE_KINDS, 0.0)
         self._desired = self._applied = 0
         self._changed: dict[str, float] = {}
         self._stream: Any = None
-        series = self._own_series() + [s for probe in self._probes for s in probe.series()]
+        self._compare()
+        series = self._own_series() + self._baseline.series() + [s for probe in self._probes for s in probe.series()]
         rundir.create(folder)
         path = folder / f"dp{info.engine}-{info.rank}{SUFFIX}"
         self._writer = SnapshotWriter(path, info, series)
@@ -86,6 +94,7 @@ class Rank:
     # -------------------------------------------------------------------------------------------- the step path
     def forward(self, describe: Callable[[], Batch], run: Callable[[], Any]) -> Any:
         """Run one real forward pass with the probes around it, under the patches that its requests chose."""
+        run = functools.partial(self._timed, run)
         probes = [probe for probe in self._probes if probe.enabled]
         if not probes and self._choices is None:
             return run()
@@ -104,6 +113,13 @@ class Rank:
             finally:
                 if probed:
                     self._after(probes, batch, asking)
+
+    def _timed(self, run: Callable[[], Any]) -> Any:
+        began = time.perf_counter()
+        try:
+            return run()
+        finally:
+            self._forward_seconds += time.perf_counter() - began
 
     def sample(self, logits: Any, run: Callable[[], Any]) -> Any:
         """Sample the tokens of the pass before; a guarded trial measures them."""
@@ -184,7 +200,7 @@ class Rank:
         with self._publishing:
             taken = self._take()
             now = time.monotonic()
-            values = [self._own_values()]
+            values = [self._own_values(), self._baseline.values()]
             for probe in self._probes:
                 window = self._windows[probe.kind]
                 if probe.kind in taken:
@@ -195,6 +211,15 @@ class Rank:
                     with self._lock:
                         probe.steer(current)
             self._writer.write(np.concatenate(values))
+
+    def forget(self) -> None:
+        """Drop what windows, totals and accumulators have seen, so that a recording begins with nothing."""
+        with self._publishing:
+            self._take()
+            self._windows = self._new_windows()
+
+    def _new_windows(self) -> dict[str, Window]:
+        return {probe.kind: Window(type(probe), self._telemetry.window_seconds) for probe in self._probes}
 
     def _take(self) -> dict[str, dict[str, np.ndarray]]:
         with self._lock, torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
@@ -224,6 +249,9 @@ class Rank:
         for kind in PROBE_KINDS:
             for name in ("enabled", "errors_total", "seconds_total"):
                 named.append(Series(f"sluice_probe_{name}", (("probe", kind),)))
+        for name in ("forward_seconds_total", "serving_dtype_max", "telemetry_interval_seconds",
+                     "telemetry_window_seconds"):  # fmt: skip
+            named.append(Series(f"sluice_{name}"))
         return named
 
     def _own_values(self) -> np.ndarray:
@@ -235,6 +263,8 @@ class Rank:
         enabled = {probe.kind: float(probe.enabled) for probe in self._probes}
         for kind in PROBE_KINDS:
             values += [enabled.get(kind, np.nan), self._errors[kind], self._seconds[kind]]
+        values += [self._forward_seconds, self._dtype_max]
+        values += [self._telemetry.interval_seconds, self._telemetry.window_seconds]
         return np.array(values, dtype=np.float64)
 
     # -------------------------------------------------------------------------------------------- control
@@ -280,11 +310,18 @@ class Rank:
         for part, values in before:
             if isinstance(part, InstalledPatch) and part.runtime != values:
                 self._changed[part.name] = time.time()
+        self._compare()
         try:
             self.publish()
         except Exception:
             compat.logger.exception("sluice: the snapshot could not be written; it will be tried again")
         return self.state()
+
+    def _compare(self) -> None:
+        """Compare with what the baseline recorded for the patch state now in force."""
+        self._baseline.follow({kind: kind in self._patches and self._patches[kind].enabled for kind in self._kinds})
+        for probe in self._probes:
+            probe.calibrate(self._baseline.section)
 
     def trial(self) -> dict[str, Any]:
         """Return what the guard's trial measured on this rank; see `TrialMeter.measured`."""
@@ -318,9 +355,9 @@ class Rank:
 def worker_method(worker: Any, operation: str, detail: Any = None) -> dict[str, Any]:
     """Answer `collective_rpc("sluice_rpc", args=(operation, detail))` on one worker.
 
-    Operations: `state`, `publish` (write a snapshot now), `apply` (`detail`: the state), `guard` (what a trial
-    measured), `request` (`detail`: the ticket). Never raises: an exception here would leave the other ranks' replies
-    queued and corrupt vLLM's message queue.
+    Operations: `state`, `publish` (write a snapshot now), `forget` (what was measured so far), `apply` (`detail`: the
+    state), `guard` (what a trial measured), `request` (`detail`: the ticket). Never raises: an exception here would
+    leave the other ranks' replies queued and corrupt vLLM's message queue.
     """
     try:
         rank: Rank = getattr(compat.worker_model(worker), compat.RUNTIME_ATTRIBUTE)
@@ -332,8 +369,10 @@ def worker_method(worker: Any, operation: str, detail: Any = None) -> dict[str, 
             return rank.trial()
         if operation == "publish":
             rank.publish()
+        elif operation == "forget":
+            rank.forget()
         elif operation != "state":
-            return {"error": f"unknown operation {operation!r}; known: apply, guard, publish, request, state"}
+            return {"error": f"unknown operation {operation!r}; known: apply, forget, guard, publish, request, state"}
         return rank.state()
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}

@@ -129,12 +129,8 @@ class Engine:
 
     def fresh_windows(self) -> None:
         """Forget what the windows and totals have seen."""
-        from vllm_sluice.probes.window import Window
-
-        self.rpc("publish")
-        rank = self.model.sluice_runtime
-        for probe in rank._probes:
-            rank._windows[probe.kind] = Window(type(probe), 3600)
+        answer = self.rpc("forget")
+        assert "error" not in answer, answer
 
     def metrics(self) -> dict[tuple[str, ...], float]:
         """Write and read a snapshot: `(metric without prefix, label values...)` to value."""

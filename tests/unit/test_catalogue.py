@@ -15,18 +15,21 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.conftest import ROOT, need_program
 from vllm_sluice.commands import metrics_docs
-from vllm_sluice.telemetry.catalogue import BY_NAME, CATALOGUE, COMMON_LABELS, layer_label
+from vllm_sluice.telemetry.catalogue import BY_NAME, CATALOGUE, COMMON_LABELS, OPTIONAL_GROUPS, layer_label
 from vllm_sluice.telemetry.collector import SnapshotCollector
 from vllm_sluice.telemetry.snapshot import SUFFIX, RankInfo, Series, SnapshotWriter
 
 BUDGET = 12
+QUANTIZATION_BUDGET = 36
 LABEL_VALUES = {
     "layer": ("000", "001"),
     "rank": ("1", "2", "3"),
     "position": ("start", "delimiter", "other"),
     "phase": ("prefill", "decode"),
     "patch": ("gate",),
-    "probe": ("residual", "attention", "gate"),
+    "probe": ("residual", "attention", "gate", "quantization"),
+    "baseline": ("0123456789ab",),
+    "patches": ("gate=1",),
     "kind": ("desired", "applied"),
     "result": ("applied", "rolled_back", "failed", "tried"),
     "group": ("rest", "canary"),
@@ -43,11 +46,12 @@ def every_series() -> list[Series]:
     named = []
     for metric in CATALOGUE:
         if metric.name not in FROM_THE_COLLECTOR:
-            values = [LABEL_VALUES[label] for label in metric.labels]
-            named += [
-                Series(metric.name, tuple(zip(metric.labels, chosen, strict=True)))
-                for chosen in itertools.product(*values)
-            ]
+            if "layer" in metric.labels:
+                sets = metrics_docs.label_sets(metric, LABEL_VALUES["layer"])
+            else:
+                values = [LABEL_VALUES[label] for label in metric.labels]
+                sets = [dict(zip(metric.labels, chosen, strict=True)) for chosen in itertools.product(*values)]
+            named += [Series(metric.name, tuple(labels.items())) for labels in sets]
     return named
 
 
@@ -111,12 +115,15 @@ def test_help_is_one_sentence():
 
 def test_only_the_window_can_fall_silent():
     for metric in CATALOGUE:
-        assert metric.windowed is (metric.kind == "gauge" and metric.group in ("residual", "attention", "gate"))
+        measured = metric.group in ("residual", "attention", "gate", "quantization")
+        assert metric.windowed is (metric.kind == "gauge" and measured)
 
 
 def test_a_layer_costs_at_most_the_budget_by_default():
     assert metrics_docs.series_per_layer("standard") <= BUDGET
     assert metrics_docs.series_per_layer("full") >= metrics_docs.series_per_layer("standard")
+    assert metrics_docs.series_per_layer("full", "quantization") == QUANTIZATION_BUDGET
+    assert metrics_docs.series_per_layer("full", "baseline") == 3
 
 
 def test_layers_sort_as_text():
@@ -160,7 +167,8 @@ def test_by_default_a_layer_has_the_series_that_the_docs_promise(write):
     folder = write(series, np.ones(len(series)))
     for detail in ("standard", "full"):
         labelled = [labels for samples in scraped(folder, detail).values() for labels in samples]
-        assert sum(("layer", "001") in labels for labels in labelled) == metrics_docs.series_per_layer(detail)
+        promised = sum(metrics_docs.series_per_layer(detail, group) for group in (None, *OPTIONAL_GROUPS))
+        assert sum(("layer", "001") in labels for labels in labelled) == promised
 
 
 def test_exported_series_counts_what_is_exported(write):

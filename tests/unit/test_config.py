@@ -66,6 +66,11 @@ OTHER_VALUES: dict[tuple[str, ...], Any] = {
     ("probes", "gate", "install"): False,
     ("probes", "gate", "enabled"): False,
     ("probes", "gate", "closed_below"): 0.11,
+    ("probes", "quantization", "install"): True,
+    ("probes", "quantization", "enabled"): False,
+    ("probes", "quantization", "sites"): ["mlp_input"],
+    ("probes", "quantization", "sample_rows"): 17,
+    ("probes", "quantization", "interval_seconds"): 9.0,
 }
 
 

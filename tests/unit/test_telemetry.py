@@ -90,12 +90,12 @@ def test_a_dead_rank_and_a_missing_value_are_not_exported(tmp_path):
 
 
 def test_standard_detail_is_at_most_twelve_series_a_layer(tmp_path):
-    from vllm_sluice.telemetry.catalogue import CATALOGUE
+    from vllm_sluice.telemetry.catalogue import CATALOGUE, OPTIONAL_GROUPS
 
     choices = {"layer": ["000", "001"], "rank": ["1", "2", "3"], "position": ["start", "delimiter", "other"]}
     series = []
     for metric in CATALOGUE:
-        if "layer" in metric.labels:
+        if "layer" in metric.labels and metric.group not in OPTIONAL_GROUPS:
             labels: list[tuple[tuple[str, str], ...]] = [()]
             for name in metric.labels:
                 labels = [(*above, (name, value)) for above in labels for value in choices[name]]

@@ -356,7 +356,8 @@ def _plan(section: str, shape: Shape, pairs: list[GatePair], settings: config.Co
     residual = f"residual ({shape.layers} layers)" if probes.residual.install else ""
     attention = f"attention ({layers} layers)" if probes.attention.install else ""
     gates = f"gate ({layers} layers)" if probes.gate.install and gated else ""
-    yield Finding(section, "probes", ", ".join(filter(None, (residual, attention, gates))) or "none")
+    quantization = f"quantization ({shape.layers} layers)" if probes.quantization.install else ""
+    yield Finding(section, "probes", ", ".join(filter(None, (residual, attention, gates, quantization))) or "none")
 
 
 def _report(findings: list[Finding], wrong: int) -> list[str]:

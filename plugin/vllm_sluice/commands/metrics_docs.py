@@ -7,11 +7,21 @@ from itertools import product
 from pathlib import Path
 
 from vllm_sluice.commands.problem import Problem
-from vllm_sluice.telemetry.catalogue import CATALOGUE, COMMON_LABELS, STANDARD_RANKS, Detail, Metric, is_exported
+from vllm_sluice.telemetry.catalogue import (
+    CATALOGUE,
+    COMMON_LABELS,
+    OPTIONAL_GROUPS,
+    QUANTIZED_PAIRS,
+    STANDARD_RANKS,
+    Detail,
+    Metric,
+    is_exported,
+)
 
 LABEL_VALUES: dict[str, tuple[str, ...]] = {
     "rank": ("1", "2", "3"),
     "position": ("start", "delimiter", "other"),
+    "site": ("hidden", "attention_input", "mlp_input"),
 }
 """Values of the labels that multiply a layer's series."""
 
@@ -27,6 +37,16 @@ _GROUPS = {
         "`attention` probe.",
     ),
     "gate": ("Gates", "Values of installed gates, over heads and real tokens. Written by the `gate` probe."),
+    "quantization": (
+        "Quantization",
+        "What INT8 and FP8 would do to the hidden state and to the inputs of the matrix products, on real traffic; "
+        "[quantization.md](quantization.md) says how to read it. Written by the `quantization` probe, which is off by "
+        "default (`probes.quantization.install`).",
+    ),
+    "baseline": (
+        "Baseline",
+        "What the numbers above are compared with. Written from the calibration file that `telemetry.baseline` names.",
+    ),
     "patch": ("Patches", "What is built into the model, what acts, and whether every rank agrees."),
     "monitor": ("Sluice itself", "Whether the numbers above are there, fresh and affordable."),
 }
@@ -41,6 +61,10 @@ _LABELS = """\
 | `position` | class of a token: `start` (position 0), `delimiter` or `other` |
 | `phase` | `prefill` or `decode` |
 | `result` | `applied`, `rolled_back` (the old state holds), `failed`, or `tried` (the guard began a trial) |
+| `site` | `hidden` (state after the layer), `attention_input` (of the q, k and v projections) or `mlp_input` |
+| `format` | `int8`, `fp8_e4m3`, or `serving`, the dtype that the model is served in |
+| `scale` | `per_token`, `per_tensor` (over the sampled tokens of a pass), `static` (the baseline's) or `none` |
+| `baseline`, `patches` | hash of the baseline's section in force, and its patch state, such as `gate=1` |
 | `group` | `canary`, which runs under the new state, or `rest` |
 | `patch`, `probe` | kind of the patch or probe |
 | `kind` | of `sluice_generation`: `desired` or `applied` |
@@ -81,29 +105,45 @@ def check(path: Path, expected: str) -> None:
 
 
 def series_per_layer(detail: Detail, group: str | None = None) -> int:
-    """Return how many series a layer has on `/metrics`, of one group or of all."""
+    """Return how many series a layer has on `/metrics`, of one group or of all that are there by default."""
     return sum(
         is_exported(metric, labels, detail)
         for metric in CATALOGUE
-        if "layer" in metric.labels and group in (None, metric.group)
-        for labels in _label_sets(metric)
+        if "layer" in metric.labels
+        and (group == metric.group or (group is None and metric.group not in OPTIONAL_GROUPS))
+        for labels in label_sets(metric)
     )
 
 
-def _label_sets(metric: Metric) -> list[dict[str, str]]:
-    values = [("000",) if label == "layer" else LABEL_VALUES[label] for label in metric.labels]
-    return [dict(zip(metric.labels, chosen, strict=True)) for chosen in product(*values)]
+def label_sets(metric: Metric, layers: Iterable[str] = ("000",)) -> list[dict[str, str]]:
+    """Return the labels of all series that a metric of layers can have."""
+    pairs = QUANTIZED_PAIRS.get(metric.name, ((),))
+    plain = [label for label in metric.labels if label not in ("format", "scale")]
+    values = [tuple(layers) if label == "layer" else LABEL_VALUES[label] for label in plain]
+    return [
+        dict(zip(metric.labels, (*chosen, *pair), strict=True)) for chosen in product(*values) for pair in pairs
+    ]
 
 
 def _budget() -> str:
     def counted(detail: Detail) -> str:
-        counts = [(title.lower(), series_per_layer(detail, group)) for group, (title, _) in _GROUPS.items()]
+        counts = [
+            (title.lower(), series_per_layer(detail, group))
+            for group, (title, _) in _GROUPS.items()
+            if group not in OPTIONAL_GROUPS
+        ]
         listed = ", ".join(f"{title} {count}" for title, count in counts if count)
         return f"{series_per_layer(detail)} series ({listed})"
 
+    probe = series_per_layer("standard", "quantization")
+    static = sum(pair[1] == "static" for pairs in QUANTIZED_PAIRS.values() for pair in pairs) + 1  # and the clipped
+    without = probe - static * len(LABEL_VALUES["site"])
     return (
         f"- A layer has {counted('standard')} by default,\n"
         f"  and {counted('full')} with `telemetry.detail: full`.\n"
+        f"  The `quantization` probe adds {probe} a layer at either level, {without} without a baseline,\n"
+        "  a third of that for each site in `probes.quantization.sites`; a baseline adds "
+        f"{series_per_layer('standard', 'baseline')}.\n"
         "  `sluice_exported_series` counts all series of a scrape. The live page shows full detail either way.\n"
     )
 

@@ -81,7 +81,7 @@ def run(arguments: Sequence[str]) -> int:
     for name in allow.routes_opened:
         _say(f"note: naming {name} in {allowlist.VARIABLE} also lets it add HTTP routes; set the variable to avoid it")
     _say(f"{allowlist.VARIABLE}={allow.value}")
-    _choose_runner(settings)
+    choose_runner(settings)
     distribution.provide_name()
     return _vllm_serve(request.vllm)
 
@@ -163,11 +163,10 @@ def _check(request: Request, settings: config.Config) -> None:
         check_port(request.host, request.port)
 
 
-def _choose_runner(settings: config.Config) -> None:
+def choose_runner(settings: config.Config) -> None:
     """Ask for vLLM's first model runner where the second is the default: probes work with the first only."""
     found = distribution.installed()
-    probes = settings.probes
-    wanted = probes.residual.install or probes.attention.install or probes.gate.install or settings.control.chooses_rows
+    wanted = settings.probes.any_installed or settings.control.chooses_rows
     if found is None or found.is_cpu or not settings.enabled or not wanted or RUNNER_VARIABLE in os.environ:
         return
     os.environ[RUNNER_VARIABLE] = "0"

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from vllm_sluice.compat import Batch
+from vllm_sluice.telemetry.baseline import Section
 from vllm_sluice.telemetry.snapshot import Series
 
 Reduction = Literal["max", "sum"]
@@ -85,6 +86,9 @@ class Probe(ABC):
         """Take run-time values: `enabled` and the kind's own."""
         self.runtime |= values
         self.enabled = bool(self.runtime["enabled"])
+
+    def calibrate(self, section: Section | None) -> None:  # noqa: B027 - most probes compare with nothing
+        """Take the limits that a baseline recorded for the patch state now in force; None: there is none."""
 
     def steer(self, window: Record) -> None:  # noqa: B027 - most probes need no feedback
         """Adjust the device's thresholds to what the window says."""

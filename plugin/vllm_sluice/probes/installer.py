@@ -14,11 +14,12 @@ from vllm_sluice.patches.gate import InstalledGate
 from vllm_sluice.probes.attention import InstalledAttention, sampling_problem
 from vllm_sluice.probes.base import Probe
 from vllm_sluice.probes.gate import InstalledGateProbe
+from vllm_sluice.probes.quantization import InstalledQuantization
 from vllm_sluice.probes.residual import InstalledResidual
 from vllm_sluice.probes.rows import Rows, delimiter_ids
-from vllm_sluice.probes.taps import find_taps
+from vllm_sluice.probes.taps import Taps, find_taps
 
-PROBE_KINDS = ("residual", "attention", "gate")
+PROBE_KINDS = ("residual", "attention", "gate", "quantization")
 
 
 class ProbeUnavailable(RuntimeError):
@@ -32,6 +33,7 @@ class ProbeSet:
         self.installed: list[Probe] = []
         self.unavailable: dict[str, str] = {}
         self.rows: Rows | None = None
+        self._found: Taps | None = None
         probes = config.probes
         wanted: dict[str, Callable[[], Probe]] = {}
         if probes.residual.install:
@@ -40,6 +42,8 @@ class ProbeSet:
             wanted["attention"] = lambda: self._attention(config, model, load)
         if probes.gate.install and "gate" in patches:
             wanted["gate"] = lambda: self._gate(config, load, patches["gate"])
+        if probes.quantization.install:
+            wanted["quantization"] = lambda: self._quantization(config, model, load)
         for kind, build in wanted.items():
             try:
                 if problem := load.rows_problem:
@@ -62,8 +66,15 @@ class ProbeSet:
             self.rows = Rows(load.max_tokens, ids, len(texts), load.device)
         return self.rows
 
+    def _taps(self, model: nn.Module, load: Load) -> Taps:
+        if self._found is None:
+            self._found = find_taps(model, load)
+        return self._found
+
     def _residual(self, config: Config, model: nn.Module, load: Load) -> Probe:
-        taps = find_taps(model, load)
+        taps = self._taps(model, load).hidden
+        if not taps:
+            raise ProbeUnavailable(f"no norm or attention input carries the residual stream of {type(model).__name__}")
         rows = self._shared_rows(config, load)
         by_row = config.control.per_request
         return InstalledResidual(config.probes.residual, taps, load.hidden_size, rows, load.dtype, by_row)
@@ -89,3 +100,16 @@ class ProbeSet:
             raise ProbeUnavailable("the gate patch is not installed")
         rows = self._shared_rows(config, load)
         return InstalledGateProbe(config.probes.gate, patch, rows, config.control.per_request)
+
+    def _quantization(self, config: Config, model: nn.Module, load: Load) -> Probe:
+        settings = config.probes.quantization
+        taps = self._taps(model, load)
+        found = {"attention_input": taps.attention_inputs, "mlp_input": taps.mlp_inputs}
+        for site in settings.sites:
+            if site in found and (missing := sorted(set(taps.layers) - {entry.layer for entry in found[site]})):
+                names = ", ".join(map(str, missing))
+                compat.logger.warning("sluice: the quantization probe finds no %s in layers %s", site, names)
+        probe = InstalledQuantization(settings, taps, load.hidden_size, self._shared_rows(config, load), load.dtype)
+        if not probe.layers:
+            raise ProbeUnavailable(f"none of {', '.join(settings.sites)} was found in {type(model).__name__}")
+        return probe

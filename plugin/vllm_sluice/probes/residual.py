@@ -19,7 +19,7 @@ from vllm_sluice.ops.histogram import BINS, add_to_histogram, quantile
 from vllm_sluice.ops.residual import POSITION_CLASSES, accumulate, row_maxima
 from vllm_sluice.probes.base import Probe, Record, Reduction
 from vllm_sluice.probes.pace import Pace
-from vllm_sluice.probes.rows import Rows
+from vllm_sluice.probes.rows import Rows, spread
 from vllm_sluice.probes.taps import Tap, listen
 from vllm_sluice.telemetry.catalogue import layer_label
 from vllm_sluice.telemetry.snapshot import Series
@@ -98,20 +98,13 @@ class InstalledResidual(Probe):
         self._by_row = by_row
         self._observers = [ResidualObserver(hidden, rows, self._sample, dtype, by_row) for _ in taps]
         for tap, observer in zip(taps, self._observers, strict=True):
-            listen(tap, observer)
+            listen(tap, observer, "sluice_residual")
 
     def before(self, batch: Batch) -> None:
         """Spread the sampled rows evenly over the batch, if a sample is due."""
         self._sampling = self.pace.due()
-        if not self._sampling:
-            return
-        size = len(self._sample)
-        count = min(size, batch.tokens)
-        chosen = np.zeros(size, dtype=np.int64)
-        chosen[:count] = ((np.arange(count) + 0.5) * batch.tokens / count).astype(np.int64)
-        weight = (np.arange(size) < count).astype(np.int64)
-        self._sample.copy_(torch.from_numpy(chosen), non_blocking=True)
-        self._weight.copy_(torch.from_numpy(weight), non_blocking=True)
+        if self._sampling:
+            spread(batch.tokens, self._sample, self._weight)
 
     def after(self, batch: Batch) -> None:
         """Add the sampled rows to the histogram."""

@@ -6,6 +6,7 @@ padding, warm-up, profiling and graph capture leave no trace in any statistic.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from vllm_sluice.compat import Batch
@@ -55,3 +56,23 @@ def delimiter_ids(texts: list[str], delimiters: tuple[str, ...]) -> list[int]:
     """Return the ids whose text, blanks stripped, is one of `delimiters`."""
     wanted = set(delimiters)
     return [index for index, text in enumerate(texts) if text.strip(" ") in wanted]
+
+
+def spread(tokens: int, sample: torch.Tensor, chosen: torch.Tensor) -> None:
+    """Choose rows of a batch to sample, evenly spread; without a host synchronisation.
+
+    Parameters
+    ----------
+    tokens
+        Real rows of the batch.
+    sample
+        Filled with the rows, int64, [size]; rows beyond the batch become 0.
+    chosen
+        Filled with whether each of them counts: 1 or True for the first min(size, tokens), [size].
+    """
+    size = len(sample)
+    count = min(size, tokens)
+    rows = np.zeros(size, dtype=np.int64)
+    rows[:count] = ((np.arange(count) + 0.5) * tokens / count).astype(np.int64)
+    sample.copy_(torch.from_numpy(rows), non_blocking=True)
+    chosen.copy_(torch.from_numpy(np.arange(size) < count), non_blocking=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from vllm_sluice import compat
 from vllm_sluice.compat import Load
 
 Kind = Literal["residual", "input", "attention"]
+_MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
 
 
 @dataclass(frozen=True)
@@ -42,64 +43,151 @@ class Tap:
 
 @dataclass(frozen=True)
 class _Event:
+    """A call in the dry pass: of a norm, of an attention block, or of another part of a layer that has weights."""
+
     layer: int | None
     module: nn.Module
-    attention_input: torch.Tensor | None = None
+    kind: Kind | Literal["part"]
     output: Any = None
-    kind: Kind = "attention"
+    entered: torch.Tensor | None = None
+    argument: tuple[int, str] = (0, "")
+    path: str = ""
 
 
-def find_taps(model: nn.Module, load: Load) -> list[Tap]:
-    """Locate the hidden state after every decoder layer that this rank can see.
+@dataclass(frozen=True)
+class Input:
+    """A module of a decoder layer whose input is of interest.
+
+    Attributes
+    ----------
+    layer
+        Index of the decoder layer.
+    module
+        The attention block or the MLP.
+    index, name
+        Position (without self) and name of the argument that holds the input.
+    width
+        Width of the input.
+    """
+
+    layer: int
+    module: nn.Module
+    index: int
+    name: str
+    width: int
+
+
+@dataclass(frozen=True)
+class Taps:
+    """Everything that one dry forward pass finds.
+
+    Attributes
+    ----------
+    hidden
+        Hidden state after every decoder layer that this rank can see.
+    attention_inputs
+        Attention blocks: their input is what the q, k and v projections read.
+    mlp_inputs
+        MLPs, or mixtures of experts; layers without one are left out.
+    layers
+        Decoder layers of this rank.
+    """
+
+    hidden: list[Tap]
+    attention_inputs: list[Input]
+    mlp_inputs: list[Input]
+    layers: list[int]
+
+
+def find_taps(model: nn.Module, load: Load) -> Taps:
+    """Locate what probes read, layer by layer, in one dry forward pass.
 
     With pipeline stages, the output of a stage's last layer is read where it enters the next stage.
-
-    Raises
-    ------
-    LookupError
-        If no layer's stream can be found.
     """
     events = _record(model, load)
     layers = sorted({event.layer for event in events if event.layer is not None})
+    return Taps(
+        _hidden(events, layers),
+        [_input(event) for event in events if event.kind == "attention" and event.layer is not None],
+        [found for layer in layers if (found := _mlp(events, layer)) is not None],
+        layers,
+    )
+
+
+def _hidden(events: list[_Event], layers: list[int]) -> list[Tap]:
     taps = []
     for layer in layers:
         if layer > 0 and (entering := _entering(events, layer)) is not None:
             taps.append(entering)
     if compat.is_last_stage() and layers:
-        final = next((e for e in reversed(events) if e.layer is None and e.attention_input is None), None)
+        final = next((e for e in reversed(events) if e.layer is None and e.kind in ("residual", "input")), None)
         if final is not None:
-            taps.append(Tap(layers[-1], final.module, final.kind))
-    if not taps:
-        raise LookupError(f"no norm or attention input carries the residual stream of {type(model).__name__}")
+            taps.append(Tap(layers[-1], final.module, cast(Kind, final.kind)))
     return taps
 
 
-def listen(tap: Tap, observer: nn.Module) -> None:
-    """Call `observer(hidden)` with the tapped hidden state in every forward pass; traced into the graph."""
-    tap.module.sluice_residual = observer
+def _mlp(events: list[_Event], layer: int) -> Input | None:
+    """Find a layer's MLP: a part that is named like one, else the first part with weights after attention."""
+    own = [event for event in events if event.layer == layer]
+    attended = next((i for i, event in enumerate(own) if event.kind == "attention"), len(own))
+    named = (event for event in own if event.kind == "part" and event.path in _MLP_NAMES)
+    after = (event for event in own[attended:] if event.kind == "part")
+    found = next(named, None) or next(after, None)
+    return None if found is None else _input(found)
+
+
+def _input(event: _Event) -> Input:
+    assert event.layer is not None and event.entered is not None
+    return Input(event.layer, event.module, *event.argument, event.entered.shape[-1])
+
+
+def listen(tap: Tap, observer: nn.Module, attribute: str) -> None:
+    """Call `observer(hidden)` with the tapped hidden state in every forward pass; traced into the graph.
+
+    `attribute` is where the module keeps the observer; each listener of a module needs its own.
+    """
+    setattr(tap.module, attribute, observer)
     if tap.kind == "attention":
-        index, name = compat.hidden_states_argument(tap.module)
-        compat.override_forward(tap.module, _observe_argument(index, name))
+        make = _observe_argument(attribute, *compat.hidden_states_argument(tap.module))
     else:
-        compat.override_forward(tap.module, _observe_residual if tap.kind == "residual" else _observe_input)
+        make = _observe_residual(attribute) if tap.kind == "residual" else _observe_argument(attribute, 0, "x")
+    compat.override_forward(tap.module, make)
+
+
+def listen_to_input(entry: Input, observer: nn.Module, attribute: str) -> None:
+    """Call `observer(x)` with a module's input in every forward pass; see `listen`."""
+    setattr(entry.module, attribute, observer)
+    compat.override_forward(entry.module, _observe_argument(attribute, entry.index, entry.name))
 
 
 def _record(model: nn.Module, load: Load) -> list[_Event]:
     sites = compat.attention_sites(model)
     blocks = {id(site.block) for site in sites}
     owner: dict[int, int] = {}
+    parts: dict[int, str] = {}
     for path, layer in compat.decoder_layers(model):
         for module in layer.modules():
             owner[id(module)] = compat.layer_index(path)
+        for name, part in layer.named_children():
+            if next(part.parameters(), None) is not None and not any(id(module) in blocks for module in part.modules()):
+                parts[id(part)] = name
     events: list[_Event] = []
     handles: list[Any] = []
 
     def on_block(index: int, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = kwargs[name] if name in kwargs else args[index]
-            events.append(_Event(owner.get(id(module)), module, attention_input=x))
+            events.append(_Event(owner.get(id(module)), module, "attention", entered=x, argument=(index, name)))
 
         return hook
+
+    def on_part(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for key, x in (*enumerate(args), *kwargs.items()):
+            if isinstance(x, torch.Tensor) and x.is_floating_point():
+                argument = (key, "") if isinstance(key, int) else (0, str(key))
+                path = parts[id(module)]
+                events.append(_Event(owner[id(module)], module, "part", entered=x, argument=argument, path=path))
+                return
 
     entering: dict[int, list[torch.Tensor]] = {}
 
@@ -109,7 +197,7 @@ def _record(model: nn.Module, load: Load) -> list[_Event]:
 
     def on_norm(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         kind = _kind(entering.pop(id(module)), output)
-        events.append(_Event(owner.get(id(module)), module, output=output, kind=kind))
+        events.append(_Event(owner.get(id(module)), module, kind, output=output))
 
     def no_attention(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(output)  # without metadata the output is uninitialised memory
@@ -122,6 +210,8 @@ def _record(model: nn.Module, load: Load) -> list[_Event]:
         elif compat.is_norm(module):
             handles.append(module.register_forward_pre_hook(before_norm, with_kwargs=True))
             handles.append(module.register_forward_hook(on_norm))
+        elif id(module) in parts:
+            handles.append(module.register_forward_pre_hook(on_part, with_kwargs=True))
     try:
         compat.dry_forward(model, load)
     finally:
@@ -132,12 +222,12 @@ def _record(model: nn.Module, load: Load) -> list[_Event]:
 
 def _entering(events: list[_Event], layer: int) -> Tap | None:
     own = [event for event in events if event.layer == layer]
-    block = next((event for event in own if event.attention_input is not None), None)
+    block = next((event for event in own if event.kind == "attention"), None)
     if block is None:
         return None
     for event in own:
-        if event.attention_input is None and _same(_first(event.output), block.attention_input):
-            return Tap(layer - 1, event.module, event.kind)
+        if event.kind in ("residual", "input") and _same(_first(event.output), block.entered):
+            return Tap(layer - 1, event.module, cast(Kind, event.kind))
     return Tap(layer - 1, block.module, "attention")
 
 
@@ -165,27 +255,23 @@ def _same(first: Any, second: Any) -> bool:
     )
 
 
-def _observe_residual(original: Any) -> Any:
-    def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        out = original(self, x, *args, **kwargs)
-        self.sluice_residual(out[1])
-        return out
+def _observe_residual(attribute: str) -> Any:
+    def make(original: Any) -> Any:
+        def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            out = original(self, x, *args, **kwargs)
+            getattr(self, attribute)(out[1])
+            return out
 
-    return forward
+        return forward
 
-
-def _observe_input(original: Any) -> Any:
-    def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        self.sluice_residual(x)  # before the norm, which may overwrite its input
-        return original(self, x, *args, **kwargs)
-
-    return forward
+    return make
 
 
-def _observe_argument(index: int, name: str) -> Any:
+def _observe_argument(attribute: str, index: int, name: str) -> Any:
     def make(original: Any) -> Any:
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            self.sluice_residual(kwargs[name] if name in kwargs else args[index])
+            # Before the call: a fused norm may overwrite its input.
+            getattr(self, attribute)(kwargs[name] if name in kwargs else args[index])
             return original(self, *args, **kwargs)
 
         return forward

@@ -56,7 +56,7 @@ def _gauge(
     name: str, text: str, unit: str, labels: tuple[str, ...], combine: Combine, group: str,
     detail: Detail = "standard",
 ) -> Metric:
-    windowed = group not in ("patch", "monitor")
+    windowed = group not in ("patch", "baseline", "monitor")
     return Metric(f"sluice_{name}", "gauge", text, unit, labels, combine, windowed, group, detail)
 
 
@@ -66,6 +66,8 @@ def _counter(name: str, text: str, unit: str, labels: tuple[str, ...], combine: 
 
 _LAYER = ("layer",)
 _RANKED = ("layer", "rank")
+_SITE = ("layer", "site")
+_QUANTIZED = ("layer", "site", "format", "scale")
 
 CATALOGUE: tuple[Metric, ...] = (
     _gauge("activation_abs_max", "Largest absolute value of the hidden state after the layer, over the window.",
@@ -99,6 +101,28 @@ CATALOGUE: tuple[Metric, ...] = (
     _gauge("gate_mean", "Mean gate value.", "1", _LAYER, "mean", "gate"),
     _gauge("gate_closed_ratio", "Share of gates below closed_below (default 0.1).",
            "1", _LAYER, "mean", "gate", "full"),
+    _gauge("quantization_headroom_ratio",
+           "Largest value that format and scale can hold divided by the largest absolute value seen; below 1 it clips.",
+           "1", _QUANTIZED, "min", "quantization"),
+    _gauge("quantization_snr_decibels",
+           "Signal-to-noise ratio of sampled tokens after simulated quantization; absent if nothing is lost.",
+           "decibels", _QUANTIZED, "min", "quantization"),
+    _counter("quantization_elements", "Finite entries looked at.", "1", _SITE, "max", "quantization"),
+    _counter("quantization_clipped", "Entries beyond the baseline's static range; absent without a baseline.",
+             "1", _SITE, "max", "quantization"),
+    _gauge("serving_dtype_max", "Largest finite value of the dtype that the model is served in.",
+           "activation", (), "max", "baseline"),
+    _gauge("baseline_good", "1 if the configured baseline can be used on every rank; absent without one.",
+           "1", (), "min", "baseline"),
+    _gauge("baseline_info", "1 for the section of the baseline that is in force: its hash and its patch state.",
+           "1", ("baseline", "patches"), "max", "baseline"),
+    _gauge("baseline_activation_abs_max", "sluice_activation_abs_max as the section in force recorded it.",
+           "activation", _LAYER, "max", "baseline"),
+    _gauge("baseline_activation_max_to_median_ratio",
+           "sluice_activation_max_to_median_ratio as the section in force recorded it.",
+           "1", _LAYER, "max", "baseline"),
+    _gauge("baseline_attention_sink_mass", "sluice_attention_sink_mass as the section in force recorded it.",
+           "1", _LAYER, "max", "baseline"),
     _counter("tokens_observed", "Tokens that the probes looked at.", "1", ("phase",), "max", "monitor"),
     _counter("start_tokens_observed",
              "Tokens at position 0 that the probes looked at; those in the prefix cache are not computed again.",
@@ -131,10 +155,28 @@ CATALOGUE: tuple[Metric, ...] = (
              "1", ("probe",), "sum", "monitor"),
     _counter("probe_seconds", "Time that the probe's work outside the compiled graph took in the worker.",
              "seconds", ("probe",), "sum", "monitor"),
+    _counter("forward_seconds", "Time of real forward passes as the worker's host sees it, work around them left out.",
+             "seconds", (), "sum", "monitor"),
+    _gauge("telemetry_interval_seconds", "Time between two snapshots of a rank.", "seconds", (), "max", "monitor"),
+    _gauge("telemetry_window_seconds", "Length of the sliding window.", "seconds", (), "max", "monitor"),
     _gauge("exported_series", "Series that Sluice exports in this scrape.", "1", (), "sum", "monitor"),
     _gauge("info", "Always 1; versions and the fingerprint of what is installed as labels.",
            "1", ("version", "vllm_version", "fingerprint"), "max", "monitor"),
 )  # fmt: skip
+
+QUANTIZED_PAIRS: Mapping[str, tuple[tuple[str, str], ...]] = {
+    "sluice_quantization_headroom_ratio": (
+        ("serving", "none"), ("fp8_e4m3", "none"), ("int8", "static"), ("fp8_e4m3", "static"),
+    ),
+    "sluice_quantization_snr_decibels": (
+        ("int8", "per_token"), ("int8", "per_tensor"), ("int8", "static"),
+        ("fp8_e4m3", "per_token"), ("fp8_e4m3", "per_tensor"), ("fp8_e4m3", "static"),
+    ),
+}  # fmt: skip
+"""Values that the labels `format` and `scale` have together; `static` takes a baseline."""
+
+OPTIONAL_GROUPS = ("quantization", "baseline")
+"""Groups that are exported only where the configuration asks for them."""
 
 STANDARD_RANKS = ("1",)
 """Ranks of `activation_top_channel` that `standard` exports."""
