@@ -43,7 +43,7 @@ def _run(arguments: list[str]) -> int:
     if arguments[:1] == ["serve"]:
         return _serve(arguments[1:])
     own, options = arguments, []
-    if arguments[:1] in (["demo"], ["stack"]) and "--" in arguments:
+    if arguments[:1] in (["demo"], ["stack"], ["baseline"]) and "--" in arguments:
         own, options = arguments[: arguments.index("--")], arguments[arguments.index("--") + 1 :]
     args = _parser(own).parse_args(own)
     if options:
@@ -77,6 +77,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     _add_doctor(commands)
     _add_config(commands)
     _add_gates(commands)
+    _add_baseline(commands)
     _add_metrics(commands)
     _add_control(commands)
     _add_exporter(commands)
@@ -131,6 +132,12 @@ def _add_gates(commands: Subparsers) -> None:
     from vllm_sluice.commands import gates_inspect
 
     gates_inspect.add_command(commands)
+
+
+def _add_baseline(commands: Subparsers) -> None:
+    from vllm_sluice.commands import baseline
+
+    baseline.add_command(commands)
 
 
 def _add_metrics(commands: Subparsers) -> None:

@@ -88,6 +88,10 @@ class Client:
         """
         return self._ask("GET", f"{path}?{urllib.parse.urlencode(query)}" if query else path)
 
+    def metrics(self) -> str:
+        """Return the server's `/metrics`, in Prometheus's text format; see `get`."""
+        return self._send("GET", "/metrics", "text/plain").decode("utf-8", "replace")
+
     def read(self, model: type[AnswerT], path: str, **query: object) -> AnswerT:
         """Return an answer as a model; see `get`."""
         return self.checked(model, self.get(path, **query))
@@ -124,8 +128,21 @@ class Client:
     def _ask(
         self, method: str, path: str, body: Mapping[str, Any] | None = None, headers: Mapping[str, str] | None = None
     ) -> Any:
-        request = urllib.request.Request(f"{self.url}{PREFIX}{path}", method=method, headers=dict(headers or {}))
-        request.add_header("Accept", "application/json")
+        content = self._send(method, PREFIX + path, "application/json", body, headers)
+        try:
+            return json.loads(content)
+        except ValueError:
+            raise Problem(
+                f"{self.url}{PREFIX}{path} answers with something that is no JSON, {_beginning(content)}; "
+                "is --url the address of a vLLM server with Sluice?"
+            ) from None
+
+    def _send(
+        self, method: str, path: str, accept: str, body: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> bytes:
+        request = urllib.request.Request(f"{self.url}{path}", method=method, headers=dict(headers or {}))
+        request.add_header("Accept", accept)
         if body is not None:
             request.data = json.dumps(body).encode()
             request.add_header("Content-Type", "application/json")
@@ -133,7 +150,8 @@ class Client:
             request.add_unredirected_header("Authorization", f"Bearer {self._token}")
         try:
             with self._opener.open(request, timeout=self._timeout) as answer:
-                content = answer.read()
+                content: bytes = answer.read()
+                return content
         except urllib.error.HTTPError as error:
             with error:
                 self._refused(method, path, error)
@@ -145,13 +163,6 @@ class Client:
             raise Unreachable(self._unreachable(error.reason)) from None
         except (OSError, http.client.HTTPException) as error:
             raise Unreachable(self._unreachable(error)) from None
-        try:
-            return json.loads(content)
-        except ValueError:
-            raise Problem(
-                f"{self.url}{PREFIX}{path} answers with something that is no JSON, {_beginning(content)}; "
-                "is --url the address of a vLLM server with Sluice?"
-            ) from None
 
     def _refused(self, method: str, path: str, error: urllib.error.HTTPError) -> NoReturn:
         try:
@@ -160,7 +171,7 @@ class Client:
             content = b""
         status = error.code
         said, is_ours = _said(content)
-        asked = f"{method} {PREFIX}{path.partition('?')[0]}"
+        asked = f"{method} {path.partition('?')[0]}"
         if 300 <= status < 400:
             where = one_line(error.headers.get("Location") or "an address that it does not name")
             message = f"{self.url} redirects {asked} to {where}; redirections are not followed, name that with --url"

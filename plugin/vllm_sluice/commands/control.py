@@ -125,7 +125,7 @@ def _changing(
     )
     parser.add_argument("--no-guard", action="store_true", help="for all requests at once, even where a guard is set")
     parser.add_argument(
-        "--timeout", type=_seconds, default=_CHANGE_TIMEOUT, metavar="S",
+        "--timeout", type=duration, default=_CHANGE_TIMEOUT, metavar="S",
         help="wait so many seconds for each answer (default: %(default)g)",
     )  # fmt: skip
     return parser
@@ -141,7 +141,7 @@ def _command(
         epilog=epilog,
         formatter_class=_Formatter,
     )
-    parser.add_argument("--url", type=_url, default=DEFAULT_URL, help="where the server is (default: %(default)s)")
+    parser.add_argument("--url", type=server_url, default=DEFAULT_URL, help="the server (default: %(default)s)")
     parser.add_argument(
         "--token-file", type=Path, metavar="FILE",
         help="file with the admin token, or with a NAME: TOKEN a line (default: the variable SLUICE_ADMIN_TOKEN)",
@@ -153,7 +153,7 @@ def _command(
 
 def _add_interval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--interval", type=_seconds, default=2.0, metavar="S", help="look every so many seconds (default: %(default)g)"
+        "--interval", type=duration, default=2.0, metavar="S", help="look every so many seconds (default: %(default)g)"
     )
 
 
@@ -258,7 +258,7 @@ def _client(args: argparse.Namespace) -> Client:
 
 
 # ------------------------------------------------------------------------------------------------ types of arguments
-def _url(text: str) -> str:
+def server_url(text: str) -> str:
     """Return a base address; that of the live page will do, too."""
     example = f"write it like {DEFAULT_URL}"
     try:
@@ -302,7 +302,8 @@ def _setting(text: str) -> tuple[str, Any]:
     return key, parsed
 
 
-def _seconds(text: str) -> float:
+def duration(text: str) -> float:
+    """Return a time in seconds."""
     try:
         value = float(text)
     except ValueError:
