@@ -45,6 +45,8 @@ def configurations() -> dict[str, Any]:
     }
 
 
+MLP = {"opt": "fc1", "mixtral": "mlp"}
+"""What reads the MLP's input in Hugging Face's layer, where that is not `mlp`."""
 BLOCK = {"opt": "model.decoder.layers.{}.self_attn", "gpt2": "transformer.h.{}.attn"}
 LAYER_LIST = {"opt": "model.decoder.layers", "gpt2": "transformer.h"}
 OUT = {"opt": "out_proj", "gpt2": "c_proj"}
@@ -84,9 +86,15 @@ def test_mixture_of_experts():
     assert "1 passed, 1 skipped" in done.stdout
 
 
-def gated_reference(name: str, model: Any, gates: dict[str, torch.Tensor], ids: list[int]) -> tuple[Any, list[Any]]:
-    """Run the Hugging Face model with gates by hooks; return logits and the hidden state after each layer."""
+def gated_reference(
+    name: str, model: Any, gates: dict[str, torch.Tensor], ids: list[int]
+) -> tuple[Any, list[Any], dict[str, list[float]]]:
+    """Run the Hugging Face model with gates by hooks.
+
+    Returns logits, the hidden state after each layer, and the largest value of each layer's inputs by site.
+    """
     hidden: list[torch.Tensor] = []
+    largest: dict[str, list[float]] = {"attention_input": [], "mlp_input": []}
     handles = []
     for index, layer in enumerate(model.get_submodule(LAYER_LIST.get(name, "model.layers"))):
         path = BLOCK.get(name, "model.layers.{}.self_attn").format(index)
@@ -96,6 +104,10 @@ def gated_reference(name: str, model: Any, gates: dict[str, torch.Tensor], ids: 
 
         def remember(module: Any, args: Any, kwargs: Any, seen: Any = seen) -> None:
             seen["x"] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            largest["attention_input"].append(seen["x"].abs().max().item())
+
+        def feed(module: Any, args: Any) -> None:
+            largest["mlp_input"].append(args[0].abs().max().item())
 
         def gate(module: Any, args: Any, seen: Any = seen, weight: Any = weight, bias: Any = bias) -> Any:
             out = args[0]
@@ -107,12 +119,13 @@ def gated_reference(name: str, model: Any, gates: dict[str, torch.Tensor], ids: 
 
         handles.append(block.register_forward_pre_hook(remember, with_kwargs=True))
         handles.append(block.get_submodule(OUT.get(name, "o_proj")).register_forward_pre_hook(gate))
+        handles.append(layer.get_submodule(MLP.get(name, "mlp")).register_forward_pre_hook(feed))
         handles.append(layer.register_forward_hook(keep))
     with torch.no_grad():
         logits = model(torch.tensor([ids])).logits[0]
     for handle in handles:
         handle.remove()
-    return logits, hidden
+    return logits, hidden, largest
 
 
 def test_gate_and_probes(make_engine, built, prompts, tmp_path):
@@ -125,9 +138,10 @@ def test_gate_and_probes(make_engine, built, prompts, tmp_path):
         gates[f"{path}.bias"] = torch.randn(HEADS, generator=generator)
     sidecar = tmp_path / "gates.safetensors"  # not beside the model: vLLM would load it as weights
     save_file(gates, sidecar)
-    engine = make_engine(folder, {**EVERY_ROW, "SLUICE_PATCHES__GATE__SOURCE": str(sidecar)})
+    variables = {"SLUICE_PATCHES__GATE__SOURCE": str(sidecar), "SLUICE_PROBES__QUANTIZATION__INSTALL": "true"}
+    engine = make_engine(folder, {**EVERY_ROW, **variables})
     ids = prompts[1]
-    logits, hidden = gated_reference(name, model, gates, ids)
+    logits, hidden, largest = gated_reference(name, model, gates, ids)
     assert (engine.logits(ids) - logits).abs().max().item() < 2e-4 * max(1.0, logits.abs().max().item())
     assert engine.rpc("state")["unavailable"] == {}
     metrics = engine.metrics()
@@ -139,4 +153,7 @@ def test_gate_and_probes(make_engine, built, prompts, tmp_path):
         assert metrics["activation_kurtosis", label] == pytest.approx(want.kurtosis, rel=1e-3)
         assert metrics["activation_top_channel", label, "1"] == want.top_channel[0]
         assert 0 < metrics["attention_sink_mass", label] < 1
+        for site, value in {"hidden": want.abs_max, **{site: values[layer] for site, values in largest.items()}}.items():
+            headroom = metrics["quantization_headroom_ratio", label, site, "fp8_e4m3", "none"]
+            assert 448 / headroom == pytest.approx(value, rel=1e-4), (site, layer)
     assert metrics["attention_heads", "000"] == HEADS

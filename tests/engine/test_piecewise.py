@@ -18,8 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import ROOT
+from tests.engine import quantized
 from tests.engine.engine import EVERY_ROW
 from tests.engine.expected import expected
+from tests.engine.quantized import EVERY_ROW_QUANTIZED, check_quantization, site_tensors
 from tests.engine.test_statistics import FLOAT32, check
 from vllm_sluice.lab.reference import reference_model
 
@@ -64,7 +66,7 @@ def test_piecewise_compile_cold_and_warm_and_never_stale(twin_vanilla, gated_van
     sidecar, checkpoint = gated_vanilla
     prompts = prompts[:2]
     stock = {"SLUICE_ENABLED": "false"}
-    gated = {**EVERY_ROW, "SLUICE_PATCHES__GATE__SOURCE": str(sidecar)}
+    gated = {**EVERY_ROW_QUANTIZED, "SLUICE_PATCHES__GATE__SOURCE": str(sidecar)}
     cache = tmp_path / "cache"
 
     with torch.no_grad():
@@ -102,6 +104,8 @@ def test_piecewise_compile_cold_and_warm_and_never_stale(twin_vanilla, gated_van
         assert answer["compiled_by_switch"] == 0
         metrics = {tuple(key): value for key, value in answer["metrics"]}
         check(metrics, expected(checkpoint, prompts), {"default": FLOAT32})
+        sizes = [len(ids) for ids in prompts]
+        check_quantization(metrics, site_tensors(checkpoint, prompts), sizes, quantized.FLOAT32)
 
     again = run(tmp_path / "stock-warm", cache, twin_vanilla, stock, prompts)
     assert again["loaded"] == 1

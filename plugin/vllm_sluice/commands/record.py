@@ -178,6 +178,7 @@ def _configure(scratch: Path, sluice_config: str | None) -> None:
     os.environ[allowlist.VARIABLE] = allowlist.with_sluice(os.environ, allowlist.installed_plugins()).value
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # standard output is for the result
     found = distribution.installed()
     if found is not None and found.is_cpu:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")

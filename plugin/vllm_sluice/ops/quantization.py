@@ -74,7 +74,7 @@ def quantize(x: torch.Tensor, largest: torch.Tensor, number_format: Format) -> t
     scale = torch.where(scale > 0, scale, 1.0)
     scaled = (x / scale).clamp(-end, end)  # PyTorch's cast to FP8 does not saturate: it gives NaN beyond the range
     rounded = scaled.round() if number_format == "int8" else scaled.to(torch.float8_e4m3fn).float()
-    return rounded * scale
+    return (rounded * scale).clamp(-largest, largest)  # near float32's end the product may round to infinity
 
 
 def energies(sampled: torch.Tensor, looked_at: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
@@ -116,7 +116,7 @@ def _energy(x: torch.Tensor) -> torch.Tensor:
     return x.double().square().sum(dim=(1, 2))
 
 
-def quantize_reference(x: torch.Tensor, largest: float, number_format: Format) -> torch.Tensor:
+def quantize_reference(x: torch.Tensor, largest: float | torch.Tensor, number_format: Format) -> torch.Tensor:
     """Quantize and dequantize in float64, from the definition of the formats; `x` is finite, `largest` above 0.
 
     FP8-E4M3 (OCP): 4 bits of exponent with bias 7, 3 bits of mantissa, so values of magnitude 2^e..2^(e+1) lie
@@ -137,9 +137,10 @@ def noise_reference(x: torch.Tensor, number_format: Format, scale: Scale, limit:
     Non-finite entries are left out. All of `x` is one tensor for `per_tensor`.
     """
     x = torch.where(torch.isfinite(x), x, 0.0).double()
-    total = 0.0
-    for row in x:
-        largest = {"per_token": row.abs().max().item(), "per_tensor": x.abs().max().item(), "static": limit}[scale]
-        if largest > 0:
-            total += (row - quantize_reference(row, largest, number_format)).square().sum().item()
-    return total
+    x = x[x.abs().amax(dim=1) > 0]
+    if len(x) == 0:
+        return 0.0
+    largest: float | torch.Tensor = limit
+    if scale != "static":
+        largest = x.abs().amax(dim=1, keepdim=True) if scale == "per_token" else x.abs().max().item()
+    return (x - quantize_reference(x, largest, number_format)).square().sum().item()

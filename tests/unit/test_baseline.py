@@ -1,0 +1,465 @@
+"""Calibration files: what is accepted and refused, what a rank exports of one, and the commands around it."""
+
+from __future__ import annotations
+
+import copy
+import http.server
+import json
+import logging
+import lzma
+import math
+import os
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.conftest import ROOT
+from vllm_sluice import cli
+from vllm_sluice.commands import record
+from vllm_sluice.commands.problem import Problem
+from vllm_sluice.telemetry import baseline
+from vllm_sluice.telemetry.baseline import Baseline, BaselineError, BaselineInForce, Recorder
+
+LAYER = {
+    "activation_abs_max": 12.5, "activation_max_to_median_ratio": 40.0, "attention_sink_mass": 0.25,
+    "sites": {"hidden": 12.5, "mlp_input": 3.0},
+}  # fmt: skip
+SECTION = {
+    "recorded": "2026-01-02T03:04:05+00:00", "source": "book.txt", "tokens": 1000, "sluice_version": "0.1.0",
+    "vllm_version": "0.32.0", "layers": {"000": LAYER, "001": {"activation_abs_max": 20.0}},
+}  # fmt: skip
+TREE: dict[str, Any] = {
+    "format": "sluice-baseline/1", "model": "owner/twin",
+    "sections": {"gate=1": SECTION, "gate=0": {**SECTION, "tokens": 2000}},
+}  # fmt: skip
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_tree(tree: Any, name: str = "baseline.json"):
+        path = tmp_path / name
+        path.write_text(tree if isinstance(tree, str) else json.dumps(tree))
+        return path
+
+    return write_tree
+
+
+# ---------------------------------------------------------------------------------------------- the file
+def test_what_is_written_is_read_back(write):
+    found = baseline.read(write(TREE))
+    assert found.sections["gate=1"].layers["000"].sites == {"hidden": 12.5, "mlp_input": 3.0}
+    again = baseline.read(write(found.model_dump_json(indent=2, exclude_none=True)))
+    assert again == found
+    assert again.sections["gate=1"].digest == found.sections["gate=1"].digest
+    assert found.sections["gate=1"].digest != found.sections["gate=0"].digest
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("format", "sluice-baseline/2", "format: Input should be 'sluice-baseline/1'; found 'sluice-baseline/2'"),
+        ("sections", {}, "sections: Dictionary should have at least 1 item"),
+        ("sections.on", SECTION, "a section is named by its patch state, such as gate=1; found 'on'"),
+        ("sections.gate=1,kv_bias=0", SECTION, "'gate=1' and 'gate=1,kv_bias=0' are the same patch state"),
+        ("sections.gate=1.tokens", 0, "sections.gate=1.tokens: Input should be greater than or equal to 1; found 0"),
+        ("sections.gate=1.layers.7", LAYER, "a layer is named by three digits, such as 007; found '7'"),
+        ("sections.gate=1.layers.000.activation_abs_max", -1.0, "activation_abs_max: Input should be greater than 0"),
+        ("sections.gate=1.layers.000.activation_abs_max", "12", "activation_abs_max: Input should be a valid number"),
+        ("sections.gate=1.layers.000.attention_sink_mass", 1.5, "Input should be less than or equal to 1; found 1.5"),
+        ("sections.gate=1.layers.000.sites.nowhere", 1.0, "'hidden', 'attention_input' or 'mlp_input'"),
+        ("sections.gate=1.layers.000.sites.hidden", math.inf, "sites.hidden: Input should be a finite number"),
+        ("sections.gate=1.layers.000.abs_max", 1.0, "abs_max: Extra inputs are not permitted"),
+    ],
+)
+def test_a_fault_is_refused_with_its_key(write, path, value, said):
+    tree: Any = copy.deepcopy(TREE)
+    at = tree
+    keys = path.split(".")
+    for key in keys[:-1]:
+        at = at[key]
+    at[keys[-1]] = value
+    file = write(tree)
+    with pytest.raises(BaselineError) as caught:
+        baseline.read(file)
+    assert str(caught.value).startswith(f"the baseline {file} cannot be used:\n")
+    assert said in str(caught.value)
+
+
+def test_what_is_no_baseline_is_refused(write, tmp_path):
+    for content, said in (("{", "Invalid JSON"), ("[]", "should be an object"), ("{}", "sections: Field required")):
+        with pytest.raises(BaselineError, match=said):
+            baseline.read(write(content))
+    with pytest.raises(BaselineError, match=r"cannot read the baseline .*none\.json: No such file"):
+        baseline.read(tmp_path / "none.json")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(BaselineError, match="is no text"):
+        baseline.read(tmp_path / "binary")
+
+
+def test_a_section_is_found_by_the_patches_that_act():
+    found = Baseline.model_validate_json(json.dumps(TREE))
+    assert found.find({"gate": True}) == "gate=1"
+    assert found.find({"gate": True, "kv_bias": False}) == "gate=1"  # a patch kind that came later
+    assert found.find({}) == found.find({"gate": False}) == "gate=0"  # not installed is not acting
+    assert found.find({"gate": True, "kv_bias": True}) is None
+    assert baseline.state_text({"kv_bias": False, "gate": True}) == "gate=1,kv_bias=0"
+
+
+def test_a_new_section_takes_the_place_of_the_same_patch_state():
+    found = Baseline.model_validate_json(json.dumps(TREE))
+    newer = found.sections["gate=1"].model_copy(update={"tokens": 5})
+    merged = found.with_section("gate=1,kv_bias=0", newer)
+    assert {state: section.tokens for state, section in merged.sections.items()} == {
+        "gate=0": 2000, "gate=1,kv_bias=0": 5,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "layers", "count", "said"),
+    [
+        ("/somewhere/twin", [0, 1], 2, None),
+        ("twin/", [1], 0, None),
+        ("owner/other", [0, 1], 2, "was recorded from the model owner/twin, and owner/other is served"),
+        ("owner/twin", [0, 1, 2], 3, "section gate=1 has no layer 2, which the model has"),
+        ("owner/twin", [0], 1, "section gate=1 has a layer 1, and the model has 1 layers"),
+    ],
+)
+def test_a_baseline_of_another_model_is_refused(model, layers, count, said):
+    found = Baseline.model_validate_json(json.dumps(TREE))
+    if said is None:
+        baseline.check_model(found, model, layers, count)
+    else:
+        with pytest.raises(BaselineError, match=said):
+            baseline.check_model(found, model, layers, count)
+
+
+# ---------------------------------------------------------------------------------------------- in a rank
+def exported(current: BaselineInForce) -> dict[tuple[str, ...], float]:
+    values = current.values()
+    series = current.series()
+    assert len(values) == len(series)
+    return {
+        (s.metric.removeprefix("sluice_baseline_"), *dict(s.labels).values()): value
+        for s, value in zip(series, values.tolist(), strict=True)
+        if not math.isnan(value)
+    }
+
+
+def test_a_rank_exports_the_section_of_the_patch_state_in_force(write, caplog):
+    path = write(TREE)
+    current = BaselineInForce(str(path), "twin", [0, 1], 2)
+    sections = baseline.read(path).sections
+    assert exported(current) == {("good",): 1.0}
+    current.follow({"gate": True})
+    wanted = {
+        ("good",): 1.0,
+        ("info", sections["gate=1"].digest, "gate=1"): 1.0,
+        ("activation_abs_max", "000"): 12.5,
+        ("activation_max_to_median_ratio", "000"): 40.0,
+        ("attention_sink_mass", "000"): 0.25,
+        ("activation_abs_max", "001"): 20.0,
+    }
+    assert exported(current) == wanted
+    current.follow({"gate": False})
+    assert ("info", sections["gate=0"].digest, "gate=0") in exported(current)
+    with caplog.at_level(logging.WARNING, logger="vllm.sluice"):
+        for _ in range(2):
+            current.follow({"gate": True, "kv_bias": True})
+    assert exported(current) == {("good",): 1.0}
+    assert current.section is None
+    assert caplog.text.count("the baseline has no section for gate=1,kv_bias=1; it has: gate=1, gate=0") == 1
+
+
+@pytest.mark.parametrize("content", ["{", {**TREE, "model": "other"}])
+def test_a_bad_baseline_is_logged_and_not_good(write, caplog, content):
+    with caplog.at_level(logging.ERROR, logger="vllm.sluice"):
+        current = BaselineInForce(str(write(content)), "twin", [0, 1], 2)
+    current.follow({"gate": True})
+    assert exported(current) == {("good",): 0.0}
+    assert "sluice: no baseline, the server goes on: " in caplog.text
+
+
+def test_without_a_baseline_nothing_is_exported():
+    current = BaselineInForce(None, "twin", [0, 1], 2)
+    current.follow({"gate": True})
+    assert exported(current) == {}
+    assert np.isnan(current.values()).all()
+
+
+# ---------------------------------------------------------------------------------------------- recording
+def samples(peak: float, sink: float, headroom: float) -> list[tuple[str, dict[str, str], float]]:
+    at = {"layer": "000", "site": "mlp_input", "scale": "none"}
+    return [
+        ("sluice_activation_abs_max", {"layer": "000"}, peak),
+        ("sluice_activation_max_to_median_ratio", {"layer": "000"}, peak * 2),
+        ("sluice_attention_sink_mass", {"layer": "000"}, sink),
+        ("sluice_quantization_headroom_ratio", {**at, "format": "serving"}, headroom),
+        ("sluice_quantization_headroom_ratio", {**at, "format": "fp8_e4m3"}, 1.0),
+        ("sluice_serving_dtype_max", {}, 1000.0),
+        ("sluice_gate_mean", {"layer": "009"}, 0.5),
+    ]
+
+
+def test_a_recorder_keeps_maxima_and_the_mean_sink():
+    recorder = Recorder()
+    assert recorder.empty
+    for scrape in (samples(3.0, 0.2, 200.0), samples(7.0, 0.4, 100.0), samples(5.0, 0.6, 400.0)):
+        recorder.add(scrape)
+    section = recorder.section(**{k: v for k, v in SECTION.items() if k != "layers"})
+    assert section.model_dump()["layers"] == {
+        "000": {
+            "activation_abs_max": 7.0, "activation_max_to_median_ratio": 14.0,
+            "attention_sink_mass": pytest.approx(0.4), "sites": {"mlp_input": 10.0},
+        }
+    }  # fmt: skip
+
+
+class Exposition:
+    """What a small server answers at /metrics; each scrape calls `change` first."""
+
+    def __init__(self) -> None:
+        self.values: dict[tuple[str, str], float] = {}
+        self.change: Any = lambda: None
+        self.body: bytes | None = None
+
+    def text(self) -> bytes:
+        self.change()
+        if self.body is not None:
+            return self.body
+        lines = []
+        for (name, labels), value in self.values.items():
+            common = 'model_name="owner/twin",engine="0"'
+            lines.append(f"{name}{{{common}{',' if labels else ''}{labels}}} {value!r}")
+        return ("\n".join(lines) + "\n").encode()
+
+
+@pytest.fixture
+def server():
+    """Serve metrics as a server with traffic has them."""
+    shown = Exposition()
+    shown.values = {
+        ("sluice_info", 'version="0.1.0",vllm_version="0.32.0",fingerprint="f"'): 1.0,
+        ("sluice_patch_installed", 'patch="gate"'): 1.0,
+        ("sluice_patch_enabled", 'patch="gate"'): 1.0,
+        ("sluice_tokens_observed_total", 'phase="prefill"'): 0.0,
+        ("sluice_telemetry_interval_seconds", ""): 0.02,
+        ("sluice_telemetry_window_seconds", ""): 60.0,
+        ("sluice_serving_dtype_max", ""): 1000.0,
+        ("sluice_activation_abs_max", 'layer="000"'): 3.0,
+        ("sluice_quantization_headroom_ratio", 'layer="000",site="hidden",format="serving",scale="none"'): 250.0,
+    }
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            body = shown.text() if self.path == "/metrics" else b""
+            self.send_response(200 if self.path == "/metrics" else 404)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=httpd.serve_forever, daemon=True)
+    thread.start()
+    shown.url = f"http://127.0.0.1:{httpd.server_port}"
+    yield shown
+    httpd.shutdown()
+    httpd.server_close()
+
+
+@pytest.fixture
+def sluice(capsys):
+    def run(*arguments: str):
+        try:
+            status = cli.main(["baseline", *map(str, arguments)])
+        except SystemExit as stopped:
+            status = stopped.code
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
+
+    return run
+
+
+def traffic(shown: Exposition) -> None:
+    """Every scrape shows a hundred tokens more, and a peak that falls after the third."""
+    scrapes = iter(range(1000))
+
+    def change() -> None:
+        scrape = next(scrapes)
+        shown.values["sluice_tokens_observed_total", 'phase="prefill"'] = 100.0 * scrape
+        shown.values["sluice_activation_abs_max", 'layer="000"'] = 9.0 if scrape == 2 else 4.0
+
+    shown.change = change
+
+
+def test_recording_from_a_server_sees_every_window(sluice, server, tmp_path):
+    traffic(server)
+    path = tmp_path / "baseline.json"
+    status, out, err = sluice("record", "--url", server.url, "--seconds", "0.5", "--output", path)
+    assert status == 0, err
+    found = baseline.read(path)
+    assert found.model == "owner/twin"
+    section = found.sections["gate=1"]
+    assert section.layers["000"].activation_abs_max == 9.0
+    assert section.layers["000"].sites == {"hidden": 4.0}
+    assert section.tokens >= 300
+    assert section.source == server.url
+    assert out == f"{path}: gate=1, 1 layers from {section.tokens} tokens\n"
+
+    status, _, err = sluice("record", "--url", server.url, "--seconds", "0.2", "--output", path)
+    assert (status, "is there already; add to it with --append" in err) == (1, True)
+
+    server.values["sluice_patch_enabled", 'patch="gate"'] = 0.0
+    status, out, _ = sluice("record", "--url", server.url, "--seconds", "0.2", "--output", path, "--append", "--json")
+    assert status == 0
+    assert list(json.loads(out)["sections"]) == ["gate=0"]
+    assert sorted(baseline.read(path).sections) == ["gate=0", "gate=1"]
+    assert path.stat().st_mode & 0o044  # the server may run as another user
+
+
+def test_a_patch_that_is_not_installed_does_not_act(sluice, server, tmp_path):
+    traffic(server)
+    del server.values["sluice_patch_enabled", 'patch="gate"']
+    server.values["sluice_patch_installed", 'patch="gate"'] = 0.0
+    path = tmp_path / "baseline.json"
+    assert sluice("record", "--url", server.url, "--seconds", "0.2", "--output", path)[0] == 0
+    assert list(baseline.read(path).sections) == ["gate=0"]
+
+
+def no_traffic(shown: Exposition) -> None:
+    pass
+
+
+def switched_meanwhile(shown: Exposition) -> None:
+    traffic(shown)
+    count, change = shown.values, shown.change
+
+    def and_switch() -> None:
+        change()
+        if count["sluice_tokens_observed_total", 'phase="prefill"'] > 300:
+            shown.values["sluice_patch_enabled", 'patch="gate"'] = 0.0
+
+    shown.change = and_switch
+
+
+def switched_before(shown: Exposition) -> None:
+    shown.values["sluice_patch_last_change_timestamp_seconds", 'patch="gate"'] = time.time() - 20
+
+
+def trial(shown: Exposition) -> None:
+    shown.values["sluice_guard_tokens", 'patch="gate",group="rest"'] = 5.0
+
+
+def stock(shown: Exposition) -> None:
+    shown.body = b"vllm:num_requests_running 0.0\n"
+
+
+def garbage(shown: Exposition) -> None:
+    shown.body = b"<html>hello</html>\n"
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (no_traffic, "no token was seen in 0.3 s; record while there is traffic"),
+        (switched_meanwhile, "the patches were switched, to gate=0; record again"),
+        (switched_before, "the window still holds what came before; wait 40 s"),
+        (trial, "the guard tries a switch of gate; record when it has ended"),
+        (stock, "has no metric of Sluice; start the server with `sluice serve`"),
+        (garbage, "/metrics cannot be read: "),
+    ],
+)
+def test_recording_from_a_server_says_why_it_cannot(sluice, server, tmp_path, fault, said):
+    fault(server)
+    path = tmp_path / "baseline.json"
+    status, out, err = sluice("record", "--url", server.url, "--seconds", "0.3", "--output", path)
+    assert (status, out) == (1, "")
+    assert said in err
+    assert not path.exists()
+
+
+def test_nobody_there(sluice, tmp_path):
+    status, _, err = sluice("record", "--url", "http://127.0.0.1:9", "--output", tmp_path / "b.json")
+    assert status == 1
+    assert "no answer from http://127.0.0.1:9" in err
+
+
+def test_appending_to_another_model_or_to_a_broken_file_is_refused(sluice, server, write):
+    traffic(server)
+    broken = write("{")
+    at = ("record", "--url", server.url, "--seconds", "0.2", "--append", "--output")
+    status, _, err = sluice(*at, broken)
+    assert (status, "cannot be used" in err) == (1, True)
+    other = write({**TREE, "model": "somebody/else"})
+    before = other.read_text()
+    status, _, err = sluice(*at, other)
+    assert (status, "is of the model somebody/else, this is owner/twin" in err) == (1, True)
+    assert other.read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--url", "http://h:1", "--model", "m"], "not allowed with argument"),
+        (["--url", "http://h:1", "--text", "a"], "--text goes with --model, not with --url"),
+        (["--url", "http://h:1", "--all-states"], "--all-states goes with --model"),
+        (["--url", "http://h:1", "--", "--dtype", "float32"], "what follows -- goes with --model"),
+        (["--url", "here"], "is no address of a server"),
+        (["--model", "m"], "--model needs --text FILE"),
+        (["--model", "m", "--text", "a", "--seconds", "5"], "--seconds goes with --url"),
+        (["--model", "m", "--text", "a", "--tokens", "0"], "'0' is no number above 0"),
+        ([], "one of the arguments --url --model is required"),
+    ],
+)
+def test_arguments_that_do_not_go_together_are_usage_errors(sluice, tmp_path, arguments, said):
+    status, _, err = sluice("record", "--output", tmp_path / "b.json", *arguments)
+    assert status == 2
+    assert said in err
+
+
+def test_a_folder_that_is_not_there_is_found_out_before_anything_is_recorded(sluice, tmp_path):
+    status, _, err = sluice("record", "--url", "http://127.0.0.1:9", "--output", tmp_path / "no" / "b.json")
+    assert (status, f"there is no folder {tmp_path / 'no'}" in err) == (1, True)
+
+
+def test_text_is_read_plain_or_packed(tmp_path):
+    plain, packed, bad, empty = (tmp_path / name for name in ("a.txt", "a.xz", "b.txt", "c.txt"))
+    plain.write_text("naïve", encoding="utf-8")
+    packed.write_bytes(lzma.compress("naïve".encode()))
+    bad.write_bytes(b"\xff\xff")
+    empty.write_text(" \n")
+    assert record._read_text(plain) == record._read_text(packed) == "naïve"
+    for path, said in ((bad, "is no UTF-8 text"), (empty, "holds no text"), (tmp_path / "none", "No such file")):
+        with pytest.raises(Problem, match=said):
+            record._read_text(path)
+
+
+# ---------------------------------------------------------------------------------------------- show
+def test_show_prints_what_a_file_holds(sluice, write):
+    path = write(TREE)
+    status, out, _ = sluice("show", path)
+    assert status == 0
+    lines = [line.split() for line in out.splitlines()]
+    assert ["000", "12.5", "40", "0.25", "12.5", "-", "3"] in lines
+    assert ["001", "20", "-", "-", "-", "-", "-"] in lines
+    digest = baseline.read(path).sections["gate=1"].digest
+    assert out.startswith(f"{path}: owner/twin\n\ngate=1  ({digest}): 1000 tokens")
+    status, out, _ = sluice("show", path, "--json")
+    assert json.loads(out)["sections"]["gate=0"]["layers"]["000"] == LAYER
+    status, _, err = sluice("show", path.with_name("none.json"))
+    assert (status, "No such file" in err) == (1, True)
+
+
+def test_show_needs_neither_torch_nor_vllm(write):
+    program = (
+        "import sys; from vllm_sluice import cli\n"
+        f"cli.main(['baseline', 'show', {str(write(TREE))!r}])\n"
+        "sys.exit(any(m in sys.modules for m in ('torch', 'vllm')))"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=dict(os.environ), timeout=60, check=True)
