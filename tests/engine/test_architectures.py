@@ -153,7 +153,8 @@ def test_gate_and_probes(make_engine, built, prompts, tmp_path):
         assert metrics["activation_kurtosis", label] == pytest.approx(want.kurtosis, rel=1e-3)
         assert metrics["activation_top_channel", label, "1"] == want.top_channel[0]
         assert 0 < metrics["attention_sink_mass", label] < 1
-        for site, value in {"hidden": want.abs_max, **{site: values[layer] for site, values in largest.items()}}.items():
+        at_sites = {"hidden": want.abs_max, **{site: values[layer] for site, values in largest.items()}}
+        for site, value in at_sites.items():
             headroom = metrics["quantization_headroom_ratio", label, site, "fp8_e4m3", "none"]
             assert 448 / headroom == pytest.approx(value, rel=1e-4), (site, layer)
     assert metrics["attention_heads", "000"] == HEADS
