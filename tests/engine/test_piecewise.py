@@ -37,7 +37,7 @@ def run(folder: Path, cache: Path, model: Path, variables: dict[str, str], promp
         )
     )
     environment = {k: v for k, v in os.environ.items() if not k.startswith("SLUICE_")}
-    environment["PYTHONPATH"] = str(ROOT)
+    environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'plugin'}"
     command = [sys.executable, "-m", "tests.engine.piecewise", str(folder / "request.json"), str(folder / "answer.pt")]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
