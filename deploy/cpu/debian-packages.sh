@@ -23,6 +23,9 @@ command -v g++ > /dev/null || packages+=(g++)
 command -v make > /dev/null || packages+=(make)
 ldconfig -p | grep -q 'libnuma\.so\.1' || packages+=(libnuma1)
 command -v prometheus > /dev/null && command -v promtool > /dev/null || packages+=(prometheus)
+command -v prometheus-alertmanager > /dev/null || packages+=(prometheus-alertmanager)
+command -v npm > /dev/null || packages+=(nodejs npm)
+command -v shellcheck > /dev/null || packages+=(shellcheck)
 command -v chromium > /dev/null || packages+=(chromium)
 [ -n "$(find /usr/share/fonts -name '*.ttf' -print -quit 2>/dev/null)" ] || packages+=(fonts-dejavu-core)
 
@@ -36,7 +39,7 @@ if [ "$(id -u)" -ne 0 ] || ! command -v apt-get > /dev/null; then
     exit 1
 fi
 
-# Debian starts a Prometheus service on port 9090 as soon as the package is installed; the tests start their own.
+# Debian starts services of Prometheus and Alertmanager as soon as they are installed; the tests start their own.
 policy=/usr/sbin/policy-rc.d
 if [ ! -e $policy ]; then
     printf '#!/bin/sh\nexit 101\n' > $policy
@@ -48,5 +51,7 @@ export DEBIAN_FRONTEND=noninteractive
 apt-get -qq update
 apt-get -qq install -y --no-install-recommends "${packages[@]}" > /dev/null
 case " ${packages[*]} " in
-    *" prometheus "*) if [ -d /run/systemd/system ]; then systemctl disable --now prometheus; fi ;;
+    *" prometheus"*) if [ -d /run/systemd/system ]; then
+        systemctl disable --now prometheus prometheus-alertmanager 2> /dev/null || true
+    fi ;;
 esac

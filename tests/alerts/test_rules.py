@@ -35,20 +35,6 @@ from vllm_sluice.telemetry.catalogue import BY_NAME, COMMON_LABELS
 TESTS = sorted((DEPLOY / "tests").glob("*.yml"))
 TARGET_LABELS = ("job", "instance")
 
-# Rules use these already; take a line away once the catalogue has it (the test below then asks for it).
-COMING = {
-    "sluice_baseline_info": ("baseline", "patches"),
-    "sluice_baseline_activation_abs_max": ("layer",),
-    "sluice_baseline_activation_max_to_median_ratio": ("layer",),
-    "sluice_baseline_attention_sink_mass": ("layer",),
-    "sluice_quantization_headroom_ratio": ("layer", "site", "format", "scale"),
-    "sluice_quantization_snr_decibels": ("layer", "site", "format", "scale"),
-    "sluice_quantization_clipped_total": ("layer", "site"),
-    "sluice_quantization_elements_total": ("layer", "site"),
-    "sluice_forward_seconds_total": (),
-    "sluice_serving_dtype_max": (),
-    "sluice_telemetry_interval_seconds": (),
-}
 VLLM = {"vllm:num_requests_running": ()}
 
 
@@ -142,6 +128,8 @@ def mutated(folder: Path, change: Change, tests: Iterable[Path]) -> dict[str, An
         (folder / name).mkdir(parents=True)
     for path in tests:
         shutil.copy(path, folder / "tests")
+    for path in RULES.parent.glob("*.yml"):
+        shutil.copy(path, folder / "rules")
     tree = yaml.safe_load(RULES.read_text(encoding="utf-8"))
     for group in tree["groups"]:
         for rule in group["rules"]:
@@ -232,16 +220,12 @@ def test_a_changed_recording_fails_its_unit_tests(tmp_path: Path, name: str, fil
 
 # ---------------------------------------------------------------------------------------------- what they rely on
 def test_every_metric_exists_with_the_labels_that_rules_use() -> None:
-    known = {name: metric.labels for name, metric in BY_NAME.items()} | COMING | VLLM
+    known = {name: metric.labels for name, metric in BY_NAME.items()} | VLLM
     for rule, expression in expressions():
         for name in names(expression) - recordings().keys():
             assert name in known, f"{rule} uses {name}, which nobody exports"
         for name, labels in selectors(expression):
             assert set(labels) <= {*known[name], *COMMON_LABELS, *TARGET_LABELS}, rule
-
-
-def test_the_list_of_coming_metrics_has_none_that_came() -> None:
-    assert sorted(COMING.keys() & BY_NAME.keys()) == [], "the catalogue has these now; take them out of COMING"
 
 
 def test_metrics_of_vllm_are_vllms() -> None:
@@ -323,7 +307,7 @@ def test_a_runbook_has_its_parts_and_queries_that_can_be_run(name: str, tmp_path
     assert f"Severity: {alerts()[name]['labels']['severity']}." in text
     queries = re.findall(r"```promql\n(.*?)```", text, re.DOTALL)
     assert queries, "no query"
-    known = {*BY_NAME, *COMING, *VLLM, *recordings()}
+    known = {*BY_NAME, *VLLM, *recordings()}
     for query in queries:
         assert names(query) <= known, query
     rules = [{"record": f"query{n}", "expr": query} for n, query in enumerate(queries)]

@@ -8,7 +8,7 @@ from typing import Any
 
 from tests.grafana import boards, promql
 from tests.grafana.boards import Board
-from tests.monitoring.pending import METRICS
+from vllm_sluice.telemetry.catalogue import BY_NAME as METRICS
 
 VLLM = frozenset(
     {

@@ -15,8 +15,8 @@ from typing import Any
 
 from tests.grafana.lint import PROMETHEUS, VLLM
 from tests.monitoring.history import family, kind
-from tests.monitoring.pending import METRICS
 from tests.monitoring.prometheus import Prometheus
+from vllm_sluice.telemetry.catalogue import BY_NAME as METRICS
 
 FILE = Path(__file__).resolve().parent / "recorded.om.xz"
 _KEPT = sorted({*METRICS, *VLLM, *PROMETHEUS - {"ALERTS"}, "up"})

@@ -14,7 +14,7 @@ from tests.grafana.boards import Board, panel
 from tests.grafana.engine import VERSIONS, Report
 from tests.grafana.stretches import Stretch
 from tests.monitoring import history
-from tests.monitoring.pending import METRICS
+from vllm_sluice.telemetry.catalogue import BY_NAME as METRICS
 
 Reports = dict[str, dict[str, Report]]
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TextIO
 
-from tests.monitoring.pending import METRICS
+from vllm_sluice.telemetry.catalogue import BY_NAME as METRICS
 
 START = 1_790_000_000
 """Unix time of the first sample; fixed, so that every run is the same."""
@@ -337,11 +337,14 @@ def _monitor(engine: Engine) -> Made:
         yield "sluice_queries_sampled_total", {"phase": phase}, lambda m, p=pace: p / 60 * m
     yield "sluice_start_tokens_observed_total", {}, lambda m: 30 * m
     for probe, share in (("residual", 0.008), ("attention", 0.014), ("gate", 0.001), ("quantization", 0.006)):
+        yield "sluice_probe_enabled", {"probe": probe}, lambda _: 1.0
         yield "sluice_probe_errors_total", {"probe": probe}, errors if probe == "attention" else lambda _: 0.0
         yield "sluice_probe_seconds_total", {"probe": probe}, spent(share)
     yield "sluice_forward_seconds_total", {}, lambda m: 24 * m
     yield "sluice_serving_dtype_max", {}, lambda _: engine.dtype_max
     yield "sluice_telemetry_interval_seconds", {}, lambda _: 1.0
+    yield "sluice_telemetry_window_seconds", {}, lambda _: 60.0
+    yield "sluice_baseline_good", {}, lambda _: 1.0
     yield "sluice_exported_series", {}, lambda _: float(40 + 60 * engine.layers)
     versions = {"version": "0.1.0", "vllm_version": "0.32.0", "fingerprint": f"{engine.layers:08x}"}
     yield "sluice_info", versions, lambda _: 1.0
