@@ -198,7 +198,7 @@ class Live(_Strict):
 
     enabled: bool = True
     """Serve the page."""
-    history_seconds: Annotated[float, Field(ge=60, le=6 * 3600)] = 3600.0
+    history_seconds: Annotated[float, Field(ge=60, le=6 * 3600)] = 10_800.0
     """Time span that the page keeps."""
     period_seconds: Annotated[float, Field(ge=0.5, le=60)] = 2.0
     """Time between two points of the page's history."""

@@ -19,7 +19,7 @@ from fastapi import FastAPI
 from vllm_sluice.config import Live
 from vllm_sluice.live.history import History
 from vllm_sluice.live.routes import build_router
-from vllm_sluice.telemetry.catalogue import layer_label
+from vllm_sluice.telemetry.catalogue import BY_NAME, Metric, layer_label
 from vllm_sluice.telemetry.collector import SnapshotCollector
 from vllm_sluice.telemetry.snapshot import RankInfo, Series, SnapshotWriter
 
@@ -54,6 +54,9 @@ class Model:
     ranks: int = 1
     name: str = "sluice/twin-32"
     nonfinite_layer: int | None = None
+    quantization: bool = False
+    baseline: bool = False
+    period: float = 2.0
     started: float = 0.0
     _writers: dict[str, SnapshotWriter] = field(default_factory=dict)
 
@@ -68,13 +71,15 @@ class Model:
         busy = step - sum(q < step for q in self.quiet)
         found[series("tokens_observed_total", phase="prefill")] = 120.0 * busy + 7
         found[series("tokens_observed_total", phase="decode")] = 36.0 * busy + 3
+        found[series("start_tokens_observed_total")] = 2.0 * busy
         found[series("queries_sampled_total", phase="decode")] = 8.0 * busy
         found[series("patch_installed", patch="gate")] = float(self.gate)
         if self.gate:
             found[series("patch_enabled", patch="gate")] = float(enabled)
             past = [s for s in self.switch_steps if s <= step]
             if past:
-                found[series("patch_last_change_timestamp_seconds", patch="gate")] = self.started + 2.0 * past[-1] - 0.7
+                changed = self.started + self.period * past[-1] - 0.7
+                found[series("patch_last_change_timestamp_seconds", patch="gate")] = changed
         name = f"pp0-tp{rank}"
         for kind in ("desired", "applied"):
             found[series("generation", rank=name, kind=kind)] = float(sum(s <= step for s in self.switch_steps))
@@ -117,7 +122,7 @@ class Model:
             series("activation_top_abs", **label, rank="2"): peak / 2,
             series("activation_top_channel", **label, rank="2"): 7.0,
             series("massive_activations_total", **label, position="start"): float(step) * massive,
-            series("massive_activations_total", **label, position="delimiter"): 0.0,
+            series("massive_activations_total", **label, position="delimiter"): step // 5 * float(layer % 4 == 2),
             series("massive_activations_total", **label, position="other"): 0.0,
             series("nonfinite_total", **label): 3.0 if layer == self.nonfinite_layer else 0.0,
             series("attention_sink_mass", **label): sink,
@@ -125,19 +130,66 @@ class Model:
             series("attention_heads", **label): float(self.heads),
             series("attention_entropy_ratio", **label): min(1.0, (0.75 - 0.6 * sink) * jitter),
         }
+        if self.quantization:
+            found.update(_quantization(label, peak))
+        if self.baseline:
+            found[series("baseline_activation_abs_max", **label)] = 900 * wave + 20
+            found[series("baseline_activation_max_to_median_ratio", **label)] = (900 * wave + 20) / median
+            found[series("baseline_attention_sink_mass", **label)] = 0.5
         if self.gate:
             found[series("gate_mean", **label)] = min(1.0, max(0.01, gate))
             found[series("gate_closed_ratio", **label)] = min(1.0, max(0.0, 0.9 - 2.5 * gate))
         return found
 
 
-def record(history: History, folder: Path, models: list[Model], steps: int, now: list[float]) -> None:
-    """Record `steps` points two seconds apart that end now; `now` is the history's clock."""
-    begin = time.time() - 2.0 * (steps - 1)
+FORMATS = {("serving", "none"): 65504.0, ("fp8_e4m3", "none"): 448.0, ("int8", "static"): 1200.0}
+"""Largest value that a format holds, by format and scale."""
+SITES = {"hidden": 1.0, "attention_input": 0.4, "mlp_input": 0.25}
+"""Size of the values at a site, in parts of the hidden state's."""
+
+
+def _quantization(label: dict[str, str], peak: float) -> dict[Series, float]:
+    found = {}
+    for site, part in SITES.items():
+        for (form, scale), most in FORMATS.items():
+            name = "quantization_headroom_ratio"
+            found[series(name, **label, site=site, format=form, scale=scale)] = most / (part * peak)
+        for form, scale in (("int8", "per_token"), ("int8", "per_tensor"), ("fp8_e4m3", "per_tensor")):
+            decibels = 60 - 12 * math.log10(1 + part * peak) - 4 * (scale == "per_tensor")
+            found[series("quantization_snr_decibels", **label, site=site, format=form, scale=scale)] = decibels
+        found[series("quantization_elements_total", **label, site=site)] = 1e6
+        found[series("quantization_clipped_total", **label, site=site)] = 20.0
+    return found
+
+
+def awaited_metrics() -> dict[str, Metric]:
+    """Return catalogue rows for the metrics that the page knows and another part of Sluice may add."""
+    layer, common = ("layer",), ("site", "format", "scale")
+    names: dict[str, tuple[str, tuple[str, ...], str]] = {
+        "baseline_activation_abs_max": ("gauge", layer, "max"),
+        "baseline_activation_max_to_median_ratio": ("gauge", layer, "max"),
+        "baseline_attention_sink_mass": ("gauge", layer, "max"),
+        "quantization_headroom_ratio": ("gauge", (*layer, *common), "min"),
+        "quantization_snr_decibels": ("gauge", (*layer, *common), "min"),
+        "quantization_clipped_total": ("counter", (*layer, "site"), "max"),
+        "quantization_elements_total": ("counter", (*layer, "site"), "max"),
+    }
+    return {
+        f"sluice_{name}": Metric(f"sluice_{name}", kind, "", "1", labels, combine, False, "awaited")  # type: ignore[arg-type]
+        for name, (kind, labels, combine) in names.items()
+        if f"sluice_{name}" not in BY_NAME
+    }
+
+
+def record(
+    history: History, folder: Path, models: list[Model], steps: int, now: list[float], period: float = 2.0
+) -> None:
+    """Record `steps` points `period` seconds apart that end now; `now` is the history's clock."""
+    begin = time.time() - period * (steps - 1)
     for model in models:
-        model.started = begin
+        model.started, model.period = begin, period
     for step in range(steps):
-        now[0] = begin + 2.0 * step
+        now[0] = begin + period * step
         for model in models:
             model.write(folder, step)
         history.record()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import threading
+import tracemalloc
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +14,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.live.synthetic import Model, info, series, write
+from tests.live.synthetic import Model, awaited_metrics, info, series, write
 from vllm_sluice.config import Live
-from vllm_sluice.live import history as module
+from vllm_sluice.live import encode, point
+from vllm_sluice.live.column import OLDER_POINTS, RECENT_POINTS, Column, Resolution
 from vllm_sluice.live.history import History
 from vllm_sluice.telemetry.catalogue import BY_NAME
-from vllm_sluice.telemetry.collector import SnapshotCollector
+from vllm_sluice.telemetry.collector import Sample, SnapshotCollector
 
 LIVE = Live(history_seconds=60.0, period_seconds=2.0)
 
@@ -56,10 +59,14 @@ def only_engine(history: History, **arguments) -> dict:
 
 
 def test_every_metric_is_in_the_catalogue():
-    names = {*module.LAYER_METRICS, *module.LATEST_METRICS, *module.SERIES_METRICS}
-    assert {f"sluice_{name}" for name in names} <= BY_NAME.keys()
-    for name, label in module.SERIES_METRICS.items():
-        assert label is None or label in BY_NAME[f"sluice_{name}"].labels
+    for kept in (*point.LAYERED, *point.SERIES):
+        about = BY_NAME.get(f"sluice_{kept.metric}")
+        if about is None:
+            # Named here, so that a misspelt metric is noticed: what another part may or may not export.
+            assert kept.metric.startswith(("baseline_", "quantization_")), kept
+        else:
+            assert {*kept.by, "layer"} - {"layer"} <= set(about.labels), kept
+            assert ("layer" in about.labels) or kept not in point.LAYERED, kept
 
 
 def test_without_snapshots_there_are_points_but_no_engines(history, clock):
@@ -77,7 +84,7 @@ def test_a_point_holds_what_was_written(history, clock, tmp_path):
     assert engine["model_name"] == "sluice/twin-32"
     assert engine["info"] == {"version": "0.1.0", "vllm_version": "0.32.0", "fingerprint": "3f9ac01be5d27714"}
     assert engine["layers"] == ["000", "001", "002"]
-    for metric in module.LAYER_METRICS:
+    for metric in point.LAYER_METRICS:
         found = engine["rows"][metric][-1]
         assert found == pytest.approx([written[series(metric, layer=f"00{i}")] for i in range(3)], rel=1e-4)
         assert engine["latest"][metric] == found
@@ -215,10 +222,14 @@ def test_since_and_points_select(history, clock, tmp_path):
     assert answer(history, since=-7.0)["times"] == times[-4:]
     assert answer(history, since=times[-1] + 9)["times"] == []
     thin = answer(history, points=7)
-    assert thin["step"] == 3
-    assert thin["times"] == times[::-1][::3][::-1]
+    assert thin["step"] == 4
+    assert thin["spacing_seconds"] == 8
+    chosen = [i for i, t in enumerate(times) if i in (0, 19) or t // 8 != times[i - 1] // 8]
+    assert len(chosen) <= 7
+    assert thin["times"] == [times[i] for i in chosen]
+    assert thin["provisional"] == (times[19] // 8 == times[18] // 8)
     tokens = everything["engines"][0]["series"]["tokens_observed_total"]["prefill"]
-    assert thin["engines"][0]["series"]["tokens_observed_total"]["prefill"] == tokens[::-1][::3][::-1]
+    assert thin["engines"][0]["series"]["tokens_observed_total"]["prefill"] == [tokens[i] for i in chosen]
     few = only_engine(history, metrics=["attention_sink_mass"])
     assert list(few["rows"]) == ["attention_sink_mass"]
     assert len(few["latest"]["activation_abs_max"]) == 1
@@ -232,6 +243,184 @@ def test_an_incremental_reader_sees_every_point_once(history, clock, tmp_path):
         history.record()
         seen += answer(history, since=seen[-1] if seen else None)["times"]
     assert seen == answer(history)["times"]
+
+
+def test_a_thinned_reader_that_goes_on_gets_what_it_would_get_at_once(history, clock, tmp_path):
+    write(tmp_path, info(), {series("activation_abs_max", layer="000"): 1.0})
+    seen: list[float] = []
+    provisional = False
+    for _ in range(25):
+        record(history, clock)
+        found = answer(history, since=seen[-1] if seen else None, step=4)
+        if found["times"] and provisional:
+            seen.pop()
+        seen += found["times"]
+        provisional = found["provisional"]
+        assert seen[-1] == clock.now
+    assert seen == answer(history, step=4)["times"]
+    assert len(seen) <= 8
+
+
+@pytest.mark.parametrize(("seconds", "period"), [(60, 2.0), (900, 2.0), (3600, 2.0), (10_800, 2.0), (21_600, 0.5)])
+def test_how_many_points_are_kept_and_how_far_apart(seconds, period):
+    resolution = Resolution.of(seconds, period)
+    times: Column[float] = Column(resolution)
+    for i in range(round(1.5 * seconds / period)):
+        gone, before = times.next_out, times.last_older
+        keep = gone is not None and (before is None or resolution.begins(gone, before, resolution.stride))
+        times.append(1e9 + i * period, keep)
+    kept = times.values()
+    assert len(kept) <= RECENT_POINTS + OLDER_POINTS
+    assert kept[-1] - kept[0] == pytest.approx(seconds, abs=2 * resolution.stride * period + period)
+    gaps = [round(b - a, 3) for a, b in pairwise(kept)]
+    assert set(gaps[1 - resolution.recent :]) == {period}
+    assert max(gaps) == period * resolution.stride < 60
+
+
+def test_the_last_three_hours_are_the_default():
+    assert Live().history_seconds == 3 * 3600
+    assert Resolution.of(3 * 3600, 2.0) == Resolution(2.0, 450, 619, 8)
+
+
+def test_older_points_are_thinner_and_a_column_that_began_later_stays_aligned(tmp_path, clock, monkeypatch):
+    monkeypatch.setattr("vllm_sluice.live.column.RECENT_POINTS", 10)
+    monkeypatch.setattr("vllm_sluice.live.column.OLDER_POINTS", 5)
+    history = History(SnapshotCollector(tmp_path), Live(history_seconds=100.0, period_seconds=2.0), clock=clock)
+    clock.now = 1_700_000_000.0
+    begun = clock.now
+    for step in range(45):
+        values = {series("activation_abs_max", layer="000"): float(step)}
+        if step >= 30:
+            values[series("gate_mean", layer="000")] = step / 100
+        write(tmp_path, info(), values)
+        record(history, clock)
+    found = answer(history)
+    steps = [round((t - begun) / 2) - 1 for t in found["times"]]
+    assert steps[-10:] == list(range(35, 45))
+    assert steps[:-10] == [0, 7, 15, 23, 31]
+    assert found["spacing_seconds"] == 16
+    rows = found["engines"][0]["rows"]
+    assert [row[0] for row in rows["activation_abs_max"]] == steps
+    assert list(rows["gate_mean"]) == [[s / 100] if s >= 30 else [] for s in steps]
+
+
+def test_every_switch_is_remembered_also_between_the_points_that_are_kept(tmp_path, clock, monkeypatch):
+    monkeypatch.setattr("vllm_sluice.live.column.RECENT_POINTS", 2)
+    monkeypatch.setattr("vllm_sluice.live.column.OLDER_POINTS", 2)
+    history = History(SnapshotCollector(tmp_path), LIVE, clock=clock)
+    start = clock.now
+    # Changes at 5.2 s and 9.1 s by the patch's own clock; back and forth between two points at 12.5 s and 13 s.
+    states = [(1, 0), (1, 0), (0, 5.2), (0, 5.2), (1, 9.1), (1, 9.1), (1, 13.0), (1, 13.0)]
+    for step, (on, changed) in enumerate(states):
+        values = {
+            series("patch_enabled", patch="gate"): float(on),
+            series("generation", rank="pp0-tp0", kind="applied"): float(step),
+            series("generation", rank="pp0-tp0", kind="desired"): 99.0,
+        }
+        if changed:
+            values[series("patch_last_change_timestamp_seconds", patch="gate")] = start + changed
+        write(tmp_path, info(), values)
+        record(history, clock)
+    found = answer(history)
+    expected = [[start + 5.2, "gate", False, 2], [start + 9.1, "gate", True, 4], [start + 13.0, "gate", True, 6]]
+    assert found["engines"][0]["switches"] == expected
+    assert len(found["times"]) < 8
+    # A reader who asks again gets each switch once, with the point that showed it.
+    assert only_engine(history, since=start + 10.0)["switches"] == expected[2:]
+    assert only_engine(history, since=clock.now)["switches"] == []
+
+
+def test_by_how_much_counters_rose(history, clock, tmp_path):
+    for step in range(10):
+        write(
+            tmp_path,
+            info(),
+            {
+                series("tokens_observed_total", phase="decode"): 100.0 + 7 * step,
+                series("tokens_observed_total", phase="prefill"): 50.0 if step < 8 else 3.0,  # began anew
+                series("massive_activations_total", layer="000", position="start"): 2.0 * step,
+                series("massive_activations_total", layer="001", position="start"): 5.0,
+                series("massive_activations_total", layer="001", position="other"): 1.0 * step,
+                series("activation_abs_max", layer="000"): 9.0,
+            },
+        )
+        record(history, clock)
+    rose = only_engine(history, span=8.5)["increase"]
+    assert rose["seconds"] == 8
+    assert rose["rows"] == {
+        "massive_activations_total:start": [8, 0],
+        "massive_activations_total:other": [None, 4],
+    }
+    assert rose["series"]["tokens_observed_total"] == {"decode": 28, "prefill": 3}
+    assert "increase" not in only_engine(history)
+    assert only_engine(history, span=0.001)["increase"]["seconds"] == 0
+
+
+def test_quantization_is_kept_where_it_is_measured(history, clock, tmp_path, monkeypatch):
+    for name, metric in awaited_metrics().items():
+        monkeypatch.setitem(BY_NAME, name, metric)
+    model = Model(layers=2, quantization=True, baseline=True)
+    model.write(tmp_path, 1)
+    record(history, clock)
+    written = model.values(1)
+
+    def headroom(site: str, layer: int) -> float:
+        labels = {"site": site, "format": "fp8_e4m3", "scale": "none"}
+        return written[series("quantization_headroom_ratio", layer=f"00{layer}", **labels)]
+
+    row = "quantization_headroom_ratio:fp8_e4m3:none"
+    engine = only_engine(history, metrics=[row])
+    assert list(engine["rows"]) == [row]
+    assert row in engine["kept"]
+    assert "quantization_snr_decibels:int8:per_token" not in engine["kept"]
+    tightest = [min(headroom(s, i) for s in ("hidden", "attention_input", "mlp_input")) for i in (0, 1)]
+    assert engine["rows"][row] == [pytest.approx(tightest, rel=1e-4)]
+    assert engine["latest"][f"{row}:mlp_input"] == pytest.approx([headroom("mlp_input", i) for i in (0, 1)], rel=1e-4)
+    assert len(engine["latest"]["quantization_snr_decibels:int8:per_token:hidden"]) == 2
+    assert engine["series"]["quantization_clipped_total"]["hidden"] == [40]
+    assert len(only_engine(history, metrics=["quantization_headroom_ratio"])["rows"]) == 3
+    # Neither the baseline nor a counter makes an idle engine look busy.
+    assert set(engine["baseline"]) == {
+        "baseline_activation_abs_max",
+        "baseline_activation_max_to_median_ratio",
+        "baseline_attention_sink_mass",
+    }
+    assert not any(key.startswith("baseline") or ":start" in key for key in engine["latest"])
+
+
+def test_a_server_without_those_metrics_does_not_name_them(history, clock, tmp_path):
+    Model(layers=2).write(tmp_path, 1)
+    record(history, clock)
+    assert "quantization" not in history.as_json()
+    assert only_engine(history)["baseline"] == {}
+
+
+def test_a_point_of_a_large_model_takes_little_memory():
+    samples: list[Sample] = []
+
+    class Source:
+        def samples(self) -> list[Sample]:
+            return samples
+
+    now = [1e9]
+    history = History(Source(), Live(), clock=lambda: now[0])
+    common = (("model_name", "m"), ("engine", "0"))
+    written = [Sample(s.metric, (*common, *s.labels), v) for s, v in Model(layers=80).values(0).items()]
+    kept = []
+    tracemalloc.start()
+    try:
+        for step in range(60):
+            now[0] += 2.0
+            samples = [Sample(s.metric, s.labels, s.value * (1 + 1e-4 * step)) for s in written]
+            history.record()
+            kept.append(tracemalloc.get_traced_memory()[0])
+    finally:
+        tracemalloc.stop()
+    # Three hours keep 1,069 points: 12 MB at most for 80 layers.
+    assert 3_000 < (kept[-1] - kept[9]) / 50 < 11_000
+    maps = ["activation_max_to_median_ratio", "attention_sink_mass", "gate_mean"]
+    assert len(history.as_json(metrics=maps, span=10_800)) < 60 * 2_200 + 20_000
+    assert len(history.as_json(since=now[0] - 2.5, metrics=maps, span=10_800)) < 20_000
 
 
 def test_a_clock_set_back_begins_anew(history, clock, tmp_path):
@@ -278,7 +467,7 @@ def test_reading_while_recording(history, clock, tmp_path):
 # Within the last 1e-5 below the largest double, five digits round up to infinity. Hidden states end at 3.4e38.
 @given(st.floats(-1e308, 1e308) | st.sampled_from([math.nan, math.inf, -math.inf]))
 def test_numbers_are_valid_json_with_five_digits(value):
-    found = json.loads(module._number(value))
+    found = json.loads(encode.number(value))
     if math.isnan(value):
         assert found is None
     else:
@@ -287,4 +476,4 @@ def test_numbers_are_valid_json_with_five_digits(value):
 
 @given(st.integers(min_value=0, max_value=10**14))
 def test_counts_are_exact(value):
-    assert json.loads(module._number(float(value))) == value
+    assert json.loads(encode.number(float(value))) == value

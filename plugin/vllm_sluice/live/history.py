@@ -1,4 +1,4 @@
-"""The recent past of every engine: a ring buffer of points, kept as ready-made JSON.
+"""The recent past of every engine as ready-made JSON: dense for the last minutes, thinner for the hours before.
 
 A point is encoded once, when it is recorded. An answer then only joins text, so that a large history does not hold
 the interpreter's lock of the API server for long.
@@ -10,65 +10,26 @@ import json
 import math
 import threading
 import time
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from vllm_sluice.config import Live
-from vllm_sluice.telemetry.collector import Sample, SnapshotCollector
+from vllm_sluice.live import encode
+from vllm_sluice.live.column import Column, Resolution
+from vllm_sluice.live.encode import ABSENT, array, number, record
+from vllm_sluice.live.point import LAYER_METRICS, LAYERED, Point, by_engine, has_past
+from vllm_sluice.telemetry.collector import SnapshotCollector
 
-_PREFIX = "sluice_"
+MOST_SWITCHES = 500
+"""Switches remembered for each engine."""
 
-LAYER_METRICS = (
-    "activation_abs_max",
-    "activation_median",
-    "activation_max_to_median_ratio",
-    "activation_kurtosis",
-    "attention_sink_mass",
-    "attention_entropy_ratio",
-    "attention_sink_heads",
-    "attention_heads",
-    "gate_mean",
-    "gate_closed_ratio",
-)
-"""Kept at every point for every layer."""
-
-LATEST_METRICS = (
-    "activation_rms",
-    "activation_top_abs",
-    "activation_top_channel",
-    "nonfinite_total",
-    "massive_activations_total",
-)
-"""Also kept for every layer, but at the last point only; of the ranked ones rank 1, counters summed over all but the
-layer."""
-
-SERIES_METRICS: Mapping[str, str | None] = {
-    "patch_installed": "patch",
-    "patch_enabled": "patch",
-    "patch_last_change_timestamp_seconds": "patch",
-    "tokens_observed_total": "phase",
-    "nonfinite_total": None,
-    "massive_activations_total": "position",
-    "probe_errors_total": "probe",
-    "snapshot_age_seconds": "rank",
-}
-"""Kept at every point per value of this label, summed over all others; None sums to one series named `all`."""
-
-_LAYERED = (*LAYER_METRICS, *LATEST_METRICS)
-_ALL = "all"
-_ABSENT = "null"
-
-
-@dataclass
-class _Point:
-    """The samples of one engine at one time, by metric and layer or by metric and label."""
-
-    model_name: str
-    info: dict[str, set[str]] = field(default_factory=dict)
-    layered: dict[str, dict[str, float]] = field(default_factory=dict)
-    series: dict[tuple[str, str], float] = field(default_factory=dict)
+_EMPTY = "[]"
+_BASELINE = "baseline_"
+_PLAIN = [kept.metric for kept in LAYERED if not kept.by and not kept.metric.startswith(_BASELINE)]
+_COUNTED = "_total"
 
 
 @dataclass
@@ -81,27 +42,34 @@ class _Engine:
         Layer labels in the order in which they were first seen; a row names its values by this order and may be
         shorter than it.
     rows
-        Per metric of `LAYER_METRICS` one JSON list per point.
+        One JSON list per point, by row of `Point.layered`.
     series
-        Per metric of `SERIES_METRICS` and label one JSON number per point; a series that began later is shorter and
-        ends at the same point.
+        One JSON number per point, by metric and label.
     latest
-        Per metric of `LAYER_METRICS` and `LATEST_METRICS` one JSON list, of the last point.
+        One JSON list, of the last point, by row.
+    patches
+        At the last point: whether the patch was enabled, and when it was last changed.
+    switches
+        The time of the point that showed a switch, and the switch as JSON.
     """
 
-    rows: dict[str, deque[str]]
     model_name: str = ""
     info: dict[str, str] = field(default_factory=dict)
     layers: list[str] = field(default_factory=list)
-    series: dict[tuple[str, str], deque[str]] = field(default_factory=dict)
+    rows: dict[str, Column[str]] = field(default_factory=dict)
+    series: dict[tuple[str, str], Column[str]] = field(default_factory=dict)
     latest: dict[str, str] = field(default_factory=dict)
+    patches: dict[str, tuple[bool, float]] = field(default_factory=dict)
+    switches: deque[tuple[float, str]] = field(default_factory=lambda: deque(maxlen=MOST_SWITCHES))
     seen: float = 0.0
 
 
 class History:
-    """Keeps `history_seconds / period_seconds` points; safe to use from several threads.
+    """Keeps `history_seconds`; safe to use from several threads.
 
-    A point takes about 7 bytes per layer and metric: 4 MB for 32 layers and the default settings.
+    All points of the last 450 periods are kept, and of the time before at most 720, evenly. A statistic of the
+    sliding window loses no maximum by that as long as two points are less than a window apart, which is 16 s for the
+    default settings; switches of patches are kept apart and lose nothing.
 
     Parameters
     ----------
@@ -127,26 +95,29 @@ class History:
         self._collector = collector
         self._stale_after = max(10.0, 3 * interval_seconds)
         self._clock = clock
-        self._length = max(2, math.ceil(settings.history_seconds / settings.period_seconds))
-        self._times: deque[float] = deque(maxlen=self._length)
+        self._resolution = Resolution.of(settings.history_seconds, settings.period_seconds)
+        self._times: Column[float] = Column(self._resolution)
         self._engines: dict[str, _Engine] = {}
         self._lock = threading.Lock()
 
     def record(self) -> None:
         """Take one point."""
-        points = _by_engine(self._collector.samples())
+        points = by_engine(self._collector.samples())
         now = round(self._clock(), 2)
         with self._lock:
-            if self._times and now <= self._times[-1]:
+            times = self._times.values()
+            if times and now <= times[-1]:
                 # The clock was set back: older points would lie in the future.
-                self._times.clear()
+                self._times = Column(self._resolution)
                 self._engines.clear()
-            self._times.append(now)
+                times = []
+            keep = self._keeps()
+            self._times.append(now, keep)
             for name in points.keys() - self._engines.keys():
-                self._engines[name] = _Engine({metric: deque(maxlen=self._length) for metric in LAYER_METRICS})
+                self._engines[name] = _Engine()
             for name, engine in list(self._engines.items()):
-                self._append(engine, points.get(name), now)
-                if engine.seen < self._times[0]:
+                self._append(engine, points.get(name), now, times[-1] if times else now, keep)
+                if engine.seen < (times[0] if times else now):
                     del self._engines[name]
 
     def as_json(
@@ -155,6 +126,8 @@ class History:
         points: int | None = None,
         engine: str | None = None,
         metrics: Collection[str] = LAYER_METRICS,
+        step: int = 1,
+        span: float | None = None,
     ) -> str:
         """Return points as JSON text.
 
@@ -163,128 +136,217 @@ class History:
         since
             Only points after this time, in seconds since the epoch; negative counts back from now. Default: all.
         points
-            Thin out evenly to at most this many points; the last one is always among them. A window statistic loses
-            no maximum by that as long as the points are less than a window apart.
+            Thin out evenly to at most this many points; the last one is always among them.
         engine
             Only this engine; without it, or if there is no such engine, all.
         metrics
-            The metrics of `LAYER_METRICS` whose past is wanted; the last point always has all.
+            Metrics whose past is wanted, with all their rows, or single rows; the last point always has all.
+        step
+            Thin out to one point in this many periods at least, and the last one. With the answer's `step` a reader
+            goes on where it stopped.
+        span
+            Also return by how much the counters rose in the last so many seconds.
 
         Returns
         -------
         str
-            `times` (seconds since the epoch), `step` (one in so many points is given) and per engine `rows`
-            ([point][layer] by metric, layers named by `layers`), `series` ([point] by metric and label) and `latest`
-            ([layer] by metric). Absent is null, a row may end early, infinity is `1e999`. Metrics are named as in
-            the catalogue, without `sluice_`.
+            `times` (seconds since the epoch), `step` and `spacing_seconds` (points are at most so far apart, unless
+            one was missed), `provisional` (true if the last point is here for being the last, not for the step),
+            `names` and `models` of all engines, and per engine
+
+            - `layers`, which name the values of every row, and `kept`, the names of all rows that have a past;
+            - `rows` ([point][layer] by row), `series` ([point] by metric and label);
+            - `latest` and `baseline` ([layer] by row), of the last point;
+            - `switches` ([time, patch, enabled, generation or null]);
+            - for a span `increase`: `seconds`, `rows` ([layer] by row) and `series` (by metric and label).
+
+            Absent is null, a row may end early, infinity is `1e999`. Metrics are named as in the catalogue, without
+            `sluice_`; a row of a metric that is kept by a label is `metric:label`.
         """
         now = self._clock()
         with self._lock:
-            times = list(self._times)
+            times = self._times.values()
             begin = -math.inf if since is None else since if since >= 0 else now + since
             first = bisect_right(times, begin)
-            step = max(1, math.ceil((len(times) - first) / points)) if points else 1
-            chosen = range(len(times) - 1, first - 1, -step)[::-1]
+            chosen = self._choose(times, first, points, step)
+            spanned = range(bisect_left(times, now - span), len(times)) if span is not None else None
             names = sorted(self._engines, key=lambda name: (len(name), name))
             wanted = [engine] if engine in self._engines else names
-            engines = [_engine_json(name, self._engines[name], metrics, chosen, len(times)) for name in wanted]
-        return _object(
+            engines = [
+                _engine_json(name, self._engines[name], metrics, times, chosen.indices, begin, spanned)
+                for name in wanted
+            ]
+            models = {name: encode.text(self._engines[name].model_name) for name in names}
+        older = bool(times) and self._resolution.older and first < len(times) - self._resolution.recent
+        spacing = max(chosen.step, self._resolution.stride if older else 1) * self.settings.period_seconds
+        return record(
             time=f"{now:.2f}",
-            period_seconds=_number(self.settings.period_seconds),
-            history_seconds=_number(self.settings.history_seconds),
-            stale_after_seconds=_number(self._stale_after),
-            step=str(step),
-            times=_list(f"{times[i]:.2f}" for i in chosen),
-            names=_list(map(_text, names)),
-            engines=_list(engines),
+            period_seconds=number(self.settings.period_seconds),
+            history_seconds=number(self.settings.history_seconds),
+            stale_after_seconds=number(self._stale_after),
+            step=str(chosen.step),
+            spacing_seconds=number(spacing),
+            provisional=json.dumps(chosen.provisional),
+            times=array(f"{times[i]:.2f}" for i in chosen.indices),
+            names=array(map(encode.text, names)),
+            models=record(**models),
+            engines=array(engines),
         )
 
-    def _append(self, engine: _Engine, point: _Point | None, now: float) -> None:
+    def _keeps(self) -> bool:
+        """Tell whether the recent point that goes next is kept among the older ones."""
+        gone, before = self._times.next_out, self._times.last_older
+        return gone is not None and (before is None or self._resolution.begins(gone, before, self._resolution.stride))
+
+    def _choose(self, times: Sequence[float], first: int, points: int | None, step: int) -> _Choice:
+        last = len(times) - 1
+        while True:
+            grid = [i for i in range(first, len(times)) if step == 1 or i == 0 or self._begins(times, i, step)]
+            provisional = first <= last and last not in grid[-1:]
+            if points is None or len(grid) + provisional <= points or step > len(times):
+                return _Choice([*grid, last] if provisional else grid, step, provisional)
+            step *= 2
+
+    def _begins(self, times: Sequence[float], i: int, step: int) -> bool:
+        return self._resolution.begins(times[i], times[i - 1], step)
+
+    def _append(self, engine: _Engine, point: Point | None, now: float, before: float, keep: bool) -> None:
         if point is not None:
             engine.seen = now
             engine.model_name = point.model_name
             engine.info = {key: ", ".join(sorted(values)) for key, values in point.info.items()}
             seen = set(engine.layers)
             engine.layers += sorted({layer for row in point.layered.values() for layer in row} - seen)
+            for name in filter(has_past, point.layered.keys() - engine.rows.keys()):
+                engine.rows[name] = Column(self._resolution)
             for key in point.series.keys() - engine.series.keys():
-                engine.series[key] = deque(maxlen=self._length)
+                engine.series[key] = Column(self._resolution)
+            _note_switches(engine, point, now, before)
         layered = point.layered if point else {}
         series = point.series if point else {}
         for key, values in list(engine.series.items()):
-            values.append(_number(series[key], key[0]) if key in series else _ABSENT)
-            if key not in series and all(value is _ABSENT for value in values):
+            values.append(number(series[key], key[0]) if key in series else ABSENT, keep)
+            if key not in series and all(value is ABSENT for value in values.values()):
                 del engine.series[key]
-        engine.latest = {metric: _row(layered.get(metric, {}), engine.layers) for metric in _LAYERED}
-        for metric, rows in engine.rows.items():
-            rows.append(engine.latest[metric])
+        engine.latest = {name: _row(row, engine.layers) for name, row in layered.items()}
+        for name, rows in list(engine.rows.items()):
+            rows.append(engine.latest.get(name, _EMPTY), keep)
+            if name not in layered and all(row is _EMPTY for row in rows.values()):
+                del engine.rows[name]
 
 
-def _by_engine(samples: Iterable[Sample]) -> dict[str, _Point]:
-    points: dict[str, _Point] = {}
-    for sample in samples:
-        metric = sample.metric.removeprefix(_PREFIX)
-        labels = dict(sample.labels)
-        point = points.setdefault(labels.pop("engine"), _Point(labels.pop("model_name")))
-        if metric == "info":
-            for key, value in labels.items():
-                point.info.setdefault(key, set()).add(value)
-        if metric in SERIES_METRICS:
-            name = metric, labels.get(SERIES_METRICS[metric] or "", _ALL)
-            point.series[name] = point.series.get(name, 0.0) + sample.value
-        if metric in _LAYERED and labels.get("rank", "1") == "1":
-            row = point.layered.setdefault(metric, {})
-            row[labels["layer"]] = row.get(labels["layer"], 0.0) + sample.value
-    return points
+@dataclass(frozen=True)
+class _Choice:
+    indices: list[int]
+    step: int
+    provisional: bool
 
 
-def _engine_json(name: str, engine: _Engine, metrics: Collection[str], chosen: Sequence[int], total: int) -> str:
+def _note_switches(engine: _Engine, point: Point, now: float, before: float) -> None:
+    """Remember the patches that were switched since the last point, with the patch's own time where it tells one."""
+    applied = [int(v) for (metric, label), v in point.series.items() if metric == "generation" and ":applied" in label]
+    generation = str(max(applied)) if applied else ABSENT
+    for (metric, patch), value in point.series.items():
+        if metric != "patch_enabled":
+            continue
+        enabled = value > 0
+        changed = point.series.get(("patch_last_change_timestamp_seconds", patch), 0.0)
+        known = engine.patches.get(patch)
+        engine.patches[patch] = enabled, changed
+        if known is None or (enabled == known[0] and changed <= known[1]):
+            continue
+        at = min(changed, now) if changed > known[1] else now
+        at = max(at, before)  # so that the order of points and switches is the order of time
+        text = array((f"{at:.1f}", encode.text(patch), json.dumps(enabled), generation))
+        engine.switches.append((now, text))
+
+
+def _engine_json(
+    name: str,
+    engine: _Engine,
+    metrics: Collection[str],
+    times: Sequence[float],
+    chosen: Sequence[int],
+    begin: float,
+    spanned: range | None,
+) -> str:
+    total = len(times)
     series: dict[str, dict[str, str]] = {}
     for (metric, label), values in sorted(engine.series.items()):
-        series.setdefault(metric, {})[label] = _column(values, chosen, total, _ABSENT)
-    return _object(
-        engine=_text(name),
-        model_name=_text(engine.model_name),
-        info=_object(**{key: _text(value) for key, value in engine.info.items()}),
-        layers=_list(map(_text, engine.layers)),
-        rows=_object(**{m: _column(rows, chosen, total, "[]") for m, rows in engine.rows.items() if m in metrics}),
-        series=_object(**{metric: _object(**labels) for metric, labels in series.items()}),
-        latest=_object(**engine.latest),
+        series.setdefault(metric, {})[label] = _cells(values, chosen, total, ABSENT)
+    rows = {row: column for row, column in engine.rows.items() if row in metrics or row.split(":")[0] in metrics}
+    # A metric that is known, but was never seen, is there with empty rows.
+    missing = {metric for metric in metrics if metric in LAYER_METRICS} - rows.keys()
+    increase = {} if spanned is None else {"increase": _increase(engine, times, spanned)}
+    return record(
+        engine=encode.text(name),
+        model_name=encode.text(engine.model_name),
+        info=record(**{key: encode.text(value) for key, value in engine.info.items()}),
+        layers=array(map(encode.text, engine.layers)),
+        kept=array(map(encode.text, sorted(engine.rows))),
+        rows=record(
+            **{row: _cells(column, chosen, total, _EMPTY) for row, column in rows.items()},
+            **{metric: array(_EMPTY for _ in chosen) for metric in missing},
+        ),
+        series=record(**{metric: record(**labels) for metric, labels in series.items()}),
+        latest=_latest(engine),
+        baseline=record(**{row: text for row, text in engine.latest.items() if row.startswith(_BASELINE)}),
+        switches=array(text for noted, text in engine.switches if noted > begin and noted >= times[0]),
+        **increase,
     )
 
 
-def _column(values: deque[str], chosen: Sequence[int], total: int, absent: str) -> str:
-    cells = list(values)
+def _latest(engine: _Engine) -> str:
+    """Return the last point. Readers tell an idle engine by it, so it holds windows and plain counters alone."""
+    shown = {
+        row: text
+        for row, text in engine.latest.items()
+        if not row.startswith(_BASELINE) and not (":" in row and row.split(":")[0].endswith(_COUNTED))
+    }
+    return record(**{**dict.fromkeys(_PLAIN, _EMPTY), **shown})
+
+
+def _cells(column: Column[str], chosen: Sequence[int], total: int, absent: str) -> str:
+    cells = column.values()
     missing = total - len(cells)
-    return _list(cells[i - missing] if i >= missing else absent for i in chosen)
+    return array(cells[i - missing] if i >= missing else absent for i in chosen)
+
+
+def _increase(engine: _Engine, times: Sequence[float], spanned: range) -> str:
+    """Return by how much each counter rose over the points of a span, per layer where it is kept by layer."""
+    rows: dict[str, str] = {}
+    series: dict[str, dict[str, str]] = {}
+    for name, column in engine.rows.items():
+        if name.split(":")[0].endswith(_COUNTED):
+            first, last = (json.loads(text) for text in _ends(column, len(times), spanned, _EMPTY))
+            first += [None] * (len(last) - len(first))
+            rows[name] = array(_rise(*pair) for pair in zip(first, last, strict=False))
+    for (metric, label), column in sorted(engine.series.items()):
+        if metric.endswith(_COUNTED):
+            first, last = (json.loads(text) for text in _ends(column, len(times), spanned, ABSENT))
+            series.setdefault(metric, {})[label] = _rise(first, last)
+    seconds = times[-1] - times[spanned.start] if spanned else 0.0
+    return record(
+        seconds=f"{seconds:.2f}",
+        rows=record(**rows),
+        series=record(**{metric: record(**labels) for metric, labels in series.items()}),
+    )
+
+
+def _ends(column: Column[str], total: int, spanned: range, absent: str) -> tuple[str, str]:
+    cells = column.values()
+    start = max(0, spanned.start - (total - len(cells)))
+    return (cells[start], cells[-1]) if start < len(cells) else (absent, absent)
+
+
+def _rise(first: Any, last: Any) -> str:
+    """Return the rise of a counter; one that fell began anew."""
+    if last is None:
+        return ABSENT
+    return number(float(last if first is None or first > last else last - first))
 
 
 def _row(values: Mapping[str, float], layers: Sequence[str]) -> str:
     if not values:
-        return "[]"
-    return _list(_number(values[layer]) if layer in values else _ABSENT for layer in layers)
-
-
-def _number(value: float, metric: str = "") -> str:
-    """Return a JSON number: counts exact, times to a tenth of a second, all else with five significant digits."""
-    if math.isnan(value):
-        return _ABSENT
-    if math.isinf(value):
-        # JSON has no infinity, but this is a valid number that every reader of doubles takes for it.
-        return "1e999" if value > 0 else "-1e999"
-    if metric.endswith("timestamp_seconds"):
-        return f"{value:.1f}"
-    if value.is_integer() and abs(value) < 1e15:
-        return str(int(value))
-    return f"{value:.5g}"
-
-
-def _text(value: str) -> str:
-    return json.dumps(value)
-
-
-def _list(items: Iterable[str]) -> str:
-    return f"[{','.join(items)}]"
-
-
-def _object(**members: str) -> str:
-    return "{" + ",".join(f"{_text(key)}:{value}" for key, value in members.items()) + "}"
+        return _EMPTY
+    return array(number(values[layer]) if layer in values else ABSENT for layer in layers)

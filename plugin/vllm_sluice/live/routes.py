@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import logging
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Header, Query
 from fastapi.responses import RedirectResponse, Response
 
 from vllm_sluice.config import Live
-from vllm_sluice.live.history import LAYER_METRICS, History
+from vllm_sluice.live.history import History
+from vllm_sluice.live.point import LAYER_METRICS
 from vllm_sluice.live.state import describe
 from vllm_sluice.telemetry.collector import SnapshotCollector
 
@@ -30,11 +32,14 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
+_MODULES = ("page", "dom", "heat", "metrics", "past", "status", "tables", "timeline")
+_SCRIPT = "text/javascript; charset=utf-8"
 _FILES = {
     "/": ("page.html", "text/html; charset=utf-8"),
-    "/page.js": ("page.js", "text/javascript; charset=utf-8"),
     "/page.css": ("page.css", "text/css; charset=utf-8"),
+    **{f"/{name}.js": (f"{name}.js", _SCRIPT) for name in _MODULES},
 }
+_WORTH_COMPRESSING = 16_384
 _DISABLED = (
     "The live page is switched off: the setting live.enabled is false. "
     "Set it to true (or SLUICE_LIVE__ENABLED=true) and restart the server.\n"
@@ -107,9 +112,13 @@ def _add_page(router: APIRouter, history: History) -> None:
         points: Annotated[int | None, Query(ge=1)] = None,
         engine: str | None = None,
         metrics: str | None = None,
+        step: Annotated[int, Query(ge=1, le=100_000)] = 1,
+        span: Annotated[float | None, Query(gt=0, allow_inf_nan=False)] = None,
+        accept_encoding: Annotated[str, Header()] = "",
     ) -> Response:
         wanted = LAYER_METRICS if metrics is None else metrics.split(",")
-        return _answer(history.as_json(since, points, engine, wanted), "application/json")
+        content = history.as_json(since, points, engine, wanted, step, span)
+        return _compressed(_answer(content, "application/json"), accept_encoding)
 
 
 def _file_endpoint(name: str, media_type: str) -> Callable[[], Awaitable[Response]]:
@@ -127,6 +136,16 @@ async def _switched_off() -> Response:
 
 def _answer(content: str, media_type: str, status_code: int = 200) -> Response:
     return Response(content, status_code, _HEADERS, media_type)
+
+
+def _compressed(answer: Response, accepted: str) -> Response:
+    """Compress a long answer: hours of many layers are megabytes, and the page is often read through a tunnel."""
+    offers = {offer.strip().lower() for offer in accepted.split(",")}
+    if "gzip" not in offers or len(answer.body) < _WORTH_COMPRESSING:
+        return answer
+    content = gzip.compress(answer.body, compresslevel=1)  # lets other threads run meanwhile
+    headers = {**_HEADERS, "Content-Encoding": "gzip", "Vary": "Accept-Encoding"}
+    return Response(content, answer.status_code, headers, answer.media_type)
 
 
 async def _record_forever(history: History) -> None:
