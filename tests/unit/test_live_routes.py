@@ -14,7 +14,8 @@ from fastapi.testclient import TestClient
 
 from tests.live.synthetic import Model, info, series, write
 from vllm_sluice.config import Live
-from vllm_sluice.live.history import LAYER_METRICS, History
+from vllm_sluice.live.history import History
+from vllm_sluice.live.point import LAYER_METRICS
 from vllm_sluice.live.routes import PREFIX, build_router, start
 from vllm_sluice.telemetry.collector import SnapshotCollector
 
@@ -61,12 +62,12 @@ def test_without_slash_redirects_relatively(tmp_path):
 
 
 def test_the_page_is_small_and_needs_nothing_from_elsewhere():
-    files = [PAGE / name for name in ("page.html", "page.css", "page.js")]
-    assert sum(file.stat().st_size for file in files) < 30_000
+    files = [file for file in PAGE.iterdir() if file.suffix in (".html", ".css", ".js")]
+    assert sum(file.stat().st_size for file in files) < 60_000
     for file in files:
         text = file.read_text(encoding="utf-8")
-        assert not re.search(r"https?://|@import|url\(", text), file
-    html = files[0].read_text(encoding="utf-8")
+        assert not re.search(r"https?://|@import|url\(|innerHTML|insertAdjacentHTML|document\.write|eval\(", text), file
+    html = (PAGE / "page.html").read_text(encoding="utf-8")
     assert not re.search(r"\sstyle=|\son\w+=|<style|<script(?![^>]*src=)", html)
 
 
@@ -86,9 +87,37 @@ def test_live_json_serves_the_history(tmp_path):
     assert http.get(f"{PREFIX}/live.json?since={found['time'] + 1}").json()["times"] == []
 
 
-@pytest.mark.parametrize("query", ["since=nan", "since=inf", "since=x", "points=0", "points=-1"])
+@pytest.mark.parametrize(
+    "query", ["since=nan", "since=inf", "since=x", "points=0", "points=-1", "step=0", "span=0", "span=nan"]
+)
 def test_live_json_refuses_nonsense(tmp_path, query):
     assert client(tmp_path)[0].get(f"{PREFIX}/live.json?{query}").status_code == 422
+
+
+def test_every_script_is_served_and_nothing_else(tmp_path):
+    http = client(tmp_path)[0]
+    for file in PAGE.glob("*.js"):
+        answer = http.get(f"{PREFIX}/{file.name}")
+        assert (answer.status_code, answer.text) == (200, file.read_text(encoding="utf-8")), file.name
+        for name in re.findall(r'from "\./(\w+\.js)"', answer.text):
+            assert (PAGE / name).exists(), name
+    for path in ("/history.py", "/nothing.js", "/../live/history.py", "/%2e%2e/config.py"):
+        assert http.get(PREFIX + path).status_code == 404
+
+
+def test_a_long_answer_is_compressed_for_those_who_ask(tmp_path):
+    http, history = client(tmp_path)
+    Model(layers=80).write(tmp_path, 3)
+    for _ in range(10):
+        history.record()
+    packed = http.get(f"{PREFIX}/live.json", headers={"Accept-Encoding": "br, gzip"})
+    plain = http.get(f"{PREFIX}/live.json", headers={"Accept-Encoding": "identity"})
+    assert packed.headers["content-encoding"] == "gzip"
+    assert packed.headers["content-security-policy"] == plain.headers["content-security-policy"]
+    assert int(packed.headers["content-length"]) < int(plain.headers["content-length"]) / 2
+    assert packed.json()["engines"][0]["rows"] == plain.json()["engines"][0]["rows"]
+    assert "content-encoding" not in plain.headers
+    assert "content-encoding" not in http.get(f"{PREFIX}/live.json?since=9e9").headers
 
 
 @pytest.mark.parametrize("method", ["post", "put", "delete", "patch"])
