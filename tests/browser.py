@@ -36,7 +36,10 @@ _FLAGS = (
 )
 _START_SECONDS = 60
 _ANSWER_SECONDS = 60
-_KEYS = {"ArrowUp": 38, "ArrowDown": 40, "ArrowLeft": 37, "ArrowRight": 39, "Escape": 27, "Tab": 9}
+_KEYS = {
+    "ArrowUp": 38, "ArrowDown": 40, "ArrowLeft": 37, "ArrowRight": 39, "Escape": 27, "Tab": 9, "Home": 36, "End": 35,
+    "PageUp": 33, "PageDown": 34,
+}  # fmt: skip
 
 
 class Page:
@@ -112,7 +115,7 @@ class Page:
 
     def press(self, key: str) -> None:
         """Press and release a key, such as `ArrowDown`."""
-        for kind in ("keyDown", "keyUp"):
+        for kind in ("rawKeyDown", "keyUp"):
             self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=_KEYS[key])
 
     def screenshot(self, path: Path, full: bool = True) -> Path:
@@ -180,6 +183,14 @@ class Browser:
         self._pages.append(page)
         page.open(url, width, height, dark)
         return page
+
+    def close_tabs(self) -> None:
+        """Close every page that was opened."""
+        for page in self._pages:
+            with contextlib.suppress(Exception):
+                page.call("Page.close")
+            page.close()
+        self._pages.clear()
 
     def close(self) -> None:
         """End the process group that was started here and remove its profile."""

@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import uvicorn
-from fastapi import FastAPI
+from fastapi import FastAPI, Request, Response
 
 from vllm_sluice.config import Live
 from vllm_sluice.live.history import History
@@ -32,7 +33,8 @@ def info(rank: str = "pp0-tp0", engine: str = "0", model: str = "sluice/twin-32"
 
 def write(folder: Path, about: RankInfo, values: Values) -> SnapshotWriter:
     """Write one snapshot file, once."""
-    writer = SnapshotWriter(folder / f"{about.engine}-{about.rank}.snapshot", about, list(values))
+    name = re.sub(r"[^\w-]", "_", f"{about.engine}-{about.rank}")
+    writer = SnapshotWriter(folder / f"{name}.snapshot", about, list(values))
     writer.write(np.array(list(values.values())))
     return writer
 
@@ -62,7 +64,7 @@ class Model:
 
     def values(self, step: int, time_: float = 0.0, rank: int = 0) -> dict[Series, float]:
         noise = np.random.default_rng(1000 * step + rank)
-        enabled = self.gate and sum(s <= step for s in self.switch_steps) % 2 == 0
+        enabled = self._enabled(step)
         found: dict[Series, float] = {}
         for layer in range(self.layers):
             found.update(self._layer(layer, step, enabled, noise))
@@ -99,6 +101,16 @@ class Model:
                 self._series = list(known)
             self._writers[key].write(np.array([values.get(s, math.nan) for s in self._series]))
 
+    def _enabled(self, step: int) -> bool:
+        return self.gate and sum(s <= step for s in self.switch_steps) % 2 == 0
+
+    def _massive(self, step: int) -> int:
+        """Count the steps so far, the first one aside, in which the gate did not act."""
+        if not self.gate:
+            return step
+        edges = [s for s in self.switch_steps if s <= step]
+        return sum([*edges, step + 1][i + 1] - edge for i, edge in enumerate(edges) if i % 2 == 0)
+
     def _layer(self, layer: int, step: int, enabled: bool, noise: np.random.Generator) -> dict[Series, float]:
         label = {"layer": layer_label(layer)}
         depth = layer / max(1, self.layers - 1)
@@ -121,7 +133,7 @@ class Model:
             series("activation_top_channel", **label, rank="1"): float(1415 if massive else 100 + 37 * layer % 900),
             series("activation_top_abs", **label, rank="2"): peak / 2,
             series("activation_top_channel", **label, rank="2"): 7.0,
-            series("massive_activations_total", **label, position="start"): float(step) * massive,
+            series("massive_activations_total", **label, position="start"): float(self._massive(step)),
             series("massive_activations_total", **label, position="delimiter"): step // 5 * float(layer % 4 == 2),
             series("massive_activations_total", **label, position="other"): 0.0,
             series("nonfinite_total", **label): 3.0 if layer == self.nonfinite_layer else 0.0,
@@ -195,10 +207,22 @@ def record(
         history.record()
 
 
+Hindrance = Callable[[Request], Awaitable[Response | None]]
+"""Answers in place of the server, or lets it answer."""
+
+
 @contextlib.contextmanager
-def served(collector: SnapshotCollector, settings: Live, history: History) -> Iterator[str]:
+def served(
+    collector: SnapshotCollector, settings: Live, history: History, hindrance: Hindrance | None = None
+) -> Iterator[str]:
     """Serve the page on a free loopback port; yields its address."""
     app = FastAPI()
+    if hindrance is not None:
+
+        @app.middleware("http")
+        async def hinder(request: Request, go_on: Callable[[Request], Awaitable[Response]]) -> Response:
+            return await hindrance(request) or await go_on(request)
+
     app.include_router(build_router(collector, settings, history))
     listening = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))

@@ -1,119 +1,41 @@
-"""The live page in a real browser, over snapshot files whose values vary over layers and time."""
+"""The live page in a real browser: the numbers that it shows are those that were written."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
-from PIL import Image
 
-from tests.browser import CHROMIUM, Browser, Page
-from tests.conftest import need_program
-from tests.live.synthetic import Model, info, record, series, served, write
+from tests.live.site import (
+    STEPS,
+    choose,
+    clock,
+    number,
+    of,
+    opened,
+    share,
+    shown,
+    table,
+    text,
+    texts,
+    tiles,
+)
+from tests.live.synthetic import FORMATS, SITES, Model, awaited_metrics, info, series, write
 from vllm_sluice.config import Live
-from vllm_sluice.live.history import History
-from vllm_sluice.telemetry.catalogue import layer_label
-from vllm_sluice.telemetry.collector import SnapshotCollector
+from vllm_sluice.telemetry.catalogue import BY_NAME, layer_label
 
-STEPS = 150
 VIEWS = [(1440, False), (1440, True), (360, False), (360, True)]
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if CHROMIUM is None:
-        need_program("chromium", "chromium")
-    with Browser() as started:
-        yield started
-
-
-@dataclass
-class Site:
-    url: str
-    folder: Path
-    history: History
-
-
-def site(folder: Path, models: list[Model], steps: int = STEPS) -> Site:
-    now = [time.time()]
-    # A long interval, so that a slow machine does not make the snapshots stale before the browser has looked.
-    history = History(SnapshotCollector(folder), Live(), interval_seconds=200.0, clock=lambda: now[0])
-    record(history, folder, models, steps, now)
-    history._clock = time.time
-    return Site("", folder, history)
-
-
 @pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Callable[..., Site]]:
-    with contextlib.ExitStack() as stack:
-
-        def start(models: list[Model], steps: int = STEPS) -> Site:
-            made = site(tmp_path, models, steps)
-            made.url = stack.enter_context(served(SnapshotCollector(tmp_path), Live(), made.history))
-            return made
-
-        yield start
-
-
-def opened(browser: Browser, url: str, width: int = 1440, dark: bool = False) -> Page:
-    page = browser.open(url, width, 900, dark)
-    page.wait_for("document.querySelectorAll('.tile').length > 0")
-    return page
-
-
-def tiles(page: Page) -> dict[str, str]:
-    return dict(
-        page.evaluate("[...document.querySelectorAll('.tile')].map(t => [t.children[0].innerText, t.innerText])")
-    )
-
-
-def table(page: Page) -> list[list[str]]:
-    return page.evaluate("[...document.querySelectorAll('tr')].map(r => [...r.children].map(c => c.innerText.trim()))")
-
-
-def text(page: Page, element: str) -> str:
-    return page.evaluate(f"document.getElementById('{element}').innerText")
-
-
-def clock(seconds: float) -> str:
-    return time.strftime("%H:%M:%S", time.localtime(round(seconds, 2)))
-
-
-def box(page: Page, selector: str) -> list[float]:
-    return page.evaluate(
-        f"(() => {{ const r = document.querySelector({json.dumps(selector)}).getBoundingClientRect();"
-        " return [r.x + scrollX, r.y + scrollY, r.width, r.height]; })()"
-    )
-
-
-def number(value: float) -> str:
-    """Format as the page does, from the five digits that it is sent."""
-    value = float(f"{value:.5g}")
-    return f"{math.floor(value + 0.5):,}" if value >= 1000 else f"{value:#.4g}"
-
-
-def exact(value: float) -> str:
-    value = float(f"{value:.5g}")
-    return f"{value:,.10f}".rstrip("0").rstrip(".")
-
-
-def share(value: float) -> str:
-    return f"{float(f'{value:.5g}'):.3f}"
-
-
-def of(model: Model, metric: str, **labels: str) -> list[float]:
-    written = model.values(STEPS - 1)
-    return [written[series(metric, layer=layer_label(i), **labels)] for i in range(model.layers)]
+def awaited(monkeypatch):
+    """Let the collector know the metrics of quantization and of the baseline."""
+    for name, metric in awaited_metrics().items():
+        monkeypatch.setitem(BY_NAME, name, metric)
 
 
 @pytest.mark.parametrize(("width", "dark"), VIEWS)
-def test_the_page_shows_the_numbers_written(browser, serve, tmp_path, width, dark):
+def test_the_page_shows_the_numbers_written(browser, serve, width, dark):
     model = Model(layers=24, switch_steps=(60, 100, 120), nonfinite_layer=7)
     page = opened(browser, serve([model]).url, width, dark)
 
@@ -127,7 +49,7 @@ def test_the_page_shows_the_numbers_written(browser, serve, tmp_path, width, dar
     assert share(sinks[sink]) in found["Strongest sink"]
     heads = of(model, "attention_sink_heads")[sink]
     assert f"layer {sink} · {heads:.0f} of 16 heads" in found["Strongest sink"]
-    gates = [float(f"{v:.5g}") for v in of(model, "gate_mean")]
+    gates = list(map(shown, of(model, "gate_mean")))
     assert f"{sum(gates) / len(gates):.3f}" in found["Mean gate"]
     assert "3" in found["Non-finite"] and "in layer 7" in found["Non-finite"]
     assert f"{120 * (STEPS - 1) + 7:,} prefill" in found["Tokens seen"]
@@ -159,88 +81,6 @@ def test_the_page_shows_the_numbers_written(browser, serve, tmp_path, width, dar
     scheme = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (scheme == "rgb(14, 17, 22)") == dark
 
-    left, top, wide, high = map(round, box(page, "#heat"))
-    with Image.open(page.screenshot(tmp_path / "page.png")) as picture:
-        assert picture.width == width
-        cells = picture.convert("RGB").crop((left, top, left + wide, top + high))
-        assert len(cells.getcolors(maxcolors=10**6)) > 50
-    assert page.errors == []
-
-
-def test_an_offence_against_the_policy_is_noticed(browser, serve):
-    page = opened(browser, serve([Model(layers=2)], steps=2).url)
-    assert page.errors == []
-    page.evaluate("document.body.insertAdjacentHTML('beforeend', '<p style=color:red>')")
-    assert "Content Security Policy" in page.errors[0]
-
-
-def test_the_tooltip_reads_the_cell_under_the_pointer(browser, serve):
-    model = Model(layers=24, switch_steps=(60,))
-    page = opened(browser, serve([model]).url)
-    page.evaluate("document.getElementById('heat').scrollIntoView({block: 'center'})")
-    left, top, wide, high = box(page, "#heat")
-    top -= page.evaluate("scrollY")
-    for layer, part in ((0, 0.1), (11, 0.7), (23, 0.4)):
-        page.move(left + part * wide, top + (layer + 0.5) * high / 24)
-        title = page.evaluate("document.querySelector('#tip b').innerText")
-        shown = page.evaluate(
-            "[...document.querySelectorAll('#tip p')].map(p => [...p.children].map(e => e.innerText))"
-        )
-        begun, found = title.split(" · ")
-        step = [clock(model.started + 2 * s) for s in range(STEPS)].index(found)
-        assert begun == f"layer {layer}"
-        assert step == pytest.approx(part * STEPS, abs=3)
-        values, label = model.values(step), {"layer": layer_label(layer)}
-        assert dict(shown) == {
-            "max |h|": exact(values[series("activation_abs_max", **label)]),
-            "max / median": exact(values[series("activation_max_to_median_ratio", **label)]),
-            "sink mass": exact(values[series("attention_sink_mass", **label)]),
-            "entropy": exact(values[series("attention_entropy_ratio", **label)]),
-            "gate mean": exact(values[series("gate_mean", **label)]),
-        }
-    page.move(2, 2)
-    assert page.evaluate("document.getElementById('tip').hidden")
-    assert page.errors == []
-
-
-def test_the_keyboard_reaches_everything(browser, serve):
-    model = Model(layers=6, switch_steps=(60,))
-    page = opened(browser, serve([model]).url)
-    reached = []
-    for _ in range(12):
-        page.press("Tab")
-        reached.append(page.evaluate("document.activeElement.id || document.activeElement.value || ''"))
-    assert [name for name in ("activation_abs_max", "span", "heat", "tableBox") if name not in reached] == []
-    page.evaluate("document.getElementById('heat').focus()")
-    for key in ("ArrowLeft", "ArrowDown", "ArrowDown"):
-        page.press(key)
-    last = exact(of(model, "activation_abs_max")[2])
-    tip = text(page, "tip")
-    assert tip.startswith("layer 2 · ")
-    assert last in tip
-    page.press("ArrowLeft")
-    assert last not in text(page, "tip")
-    page.press("Escape")
-    assert page.evaluate("document.getElementById('tip').hidden")
-    page.evaluate("document.querySelector('input').focus()")
-    page.press("ArrowRight")
-    assert page.evaluate("document.querySelector('input:checked').value") == "activation_max_to_median_ratio"
-    assert page.errors == []
-
-
-def test_every_metric_can_be_picked_and_has_a_text_alternative(browser, serve):
-    page = opened(browser, serve([Model(layers=6)]).url)
-    pictures = set()
-    for metric in page.evaluate("[...document.querySelectorAll('input')].map(i => i.value)"):
-        page.click(f"input[value={metric}] + span")
-        name = page.evaluate("document.querySelector('input:checked + span').innerText")
-        assert page.evaluate("document.getElementById('heat').ariaLabel").startswith(f"Heatmap of {name}: 6 layers")
-        assert "Good: " in text(page, "about")
-        low, _, high = page.evaluate("[...document.querySelectorAll('#ticks span')].map(t => t.innerText)")
-        if metric in ("attention_sink_mass", "gate_mean", "attention_entropy_ratio"):
-            assert (low, high) == ("0", "1")
-        pictures.add(page.evaluate("document.getElementById('heat').toDataURL()"))
-    assert len(pictures) == 5
     assert page.errors == []
 
 
@@ -249,15 +89,27 @@ def test_switches_are_marked_at_their_own_time(browser, serve):
     page = opened(browser, serve([model]).url)
     times = [model.started + 2.0 * step - 0.7 for step in (50, 75, 120)]
     words = [clock(round(t, 1)) for t in times]
-    expected = [f"{word} gate {on}" for word, on in zip(words, ("off", "on", "off"), strict=True)][::-1]
-    assert page.evaluate("[...document.querySelectorAll('#switches li')].map(i => i.innerText)") == expected
-    runs = page.evaluate("[...document.querySelectorAll('.run')].map(r => [r.innerText, r.offsetLeft, r.offsetWidth])")
-    assert [run[0] for run in runs] == ["on", "off", "on", "off"]
-    lines = page.evaluate("[...document.querySelectorAll('#marks i')].map(i => parseFloat(i.style.left))")
-    wide = page.evaluate("document.getElementById('plot').clientWidth")
-    assert [run[1] for run in runs[1:]] == pytest.approx([line * wide / 100 for line in lines], abs=2)
-    labels = page.evaluate("[...document.querySelectorAll('#marks b')].map(i => i.innerText)")
-    assert labels == ["gate off", "gate on", "gate off"]
+    states = list(zip(words, ("off", "on", "off"), (1, 2, 3), strict=True))
+    expected = [f"{word} gate {on}, generation {generation}" for word, on, generation in states]
+    assert texts(page, "#switches li") == expected[::-1]
+    runs = page.evaluate(
+        "[...document.querySelectorAll('.run')].map(r => [r.children[0].innerText, r.offsetLeft, r.offsetWidth])"
+    )
+    assert [run[0] for run in runs] == ["on", *(f"{on} · generation {generation}" for _, on, generation in states)]
+    assert all(
+        run[0].startswith("gate o") and " to " in run[0]
+        for run in page.evaluate("[...document.querySelectorAll('.run')].map(r => [r.children[1].textContent])")
+    )
+    # Every map has the lines, the first one the words too; they stand where the lanes change.
+    lines = page.evaluate(
+        "[...document.querySelectorAll('.marks')].map(m => [...m.querySelectorAll('i')]"
+        ".map(i => parseFloat(i.style.left)))"
+    )
+    assert len(lines) == 3
+    assert lines[1:] == lines[:1] * 2
+    wide = page.evaluate("document.querySelector('#lanes .plot').clientWidth")
+    assert [run[1] for run in runs[1:]] == pytest.approx([line * wide / 100 for line in lines[0]], abs=2)
+    assert texts(page, ".marks b") == ["gate off", "gate on", "gate off"]
     assert f"since {words[2]}" in tiles(page)["Patch gate"]
     assert page.errors == []
 
@@ -266,8 +118,12 @@ def test_a_model_without_a_gate_looks_right(browser, serve):
     page = opened(browser, serve([Model(layers=6, gate=False)]).url, 360)
     found = tiles(page)
     assert "not installed" in found["Patch gate"]
-    assert "no gate" in found["Mean gate"]
+    assert "Mean gate" not in found
     assert not any("gate" in name for name in table(page)[0])
+    assert page.evaluate("[...document.querySelectorAll('figure')].map(f => f.dataset.key)") == [
+        "activation_max_to_median_ratio",
+        "attention_sink_mass",
+    ]
     assert not page.evaluate(
         "[...document.querySelectorAll('input')].find(i => i.value === 'gate_mean').checkVisibility()"
     )
@@ -285,17 +141,18 @@ def test_without_traffic_it_says_so(browser, serve):
     assert f"{120 * 100 + 7:,} prefill" in found["Tokens seen"]
     seen = clock(model.started + 2 * 99)
     note = text(page, "tableEmpty")
-    assert note == f"No traffic in the window; the last values are from {seen}."
+    assert note.startswith(f"No traffic in the window; the last values are from {seen}. Send the model a request")
     assert not page.evaluate("document.getElementById('tableBox').checkVisibility()")
-    assert page.evaluate("document.getElementById('heat').checkVisibility()")
+    assert page.evaluate("document.querySelector('canvas').checkVisibility()")
     assert page.errors == []
 
 
 def test_without_workers_it_says_so(browser, serve):
     page = opened(browser, serve([], steps=1).url, 360)
     assert text(page, "state") == "no data"
-    for note in ("heatEmpty", "tableEmpty", "laneEmpty"):
-        assert "No worker reports" in text(page, note)
+    for note in ("status", "heatEmpty", "positionEmpty", "tableEmpty"):
+        assert "No worker reports. While a model loads this is normal" in text(page, note)
+    assert not page.evaluate("document.getElementById('quantization').checkVisibility()")
     assert page.evaluate("document.documentElement.scrollWidth") == 360
     assert page.errors == []
 
@@ -323,25 +180,13 @@ def test_an_old_snapshot_is_stale(browser, serve):
     assert text(page, "state") == "stale"
 
 
-def test_new_points_arrive_and_a_lost_server_is_told(browser, tmp_path):
-    model = Model(layers=2)
-    made = site(tmp_path, [model], 10)
-    with served(SnapshotCollector(tmp_path), Live(), made.history) as url:
-        page = opened(browser, url)
-        model.write(tmp_path, 5000)
-        made.history.record()
-        page.wait_for("document.body.innerText.includes('600,007')")
-    page.wait_for("document.getElementById('state').innerText === 'no answer'")
-    assert "from the server since" in text(page, "age")
-
-
 def test_engines_can_be_picked(browser, serve):
     models = [Model(layers=3, engine="0", name="first"), Model(layers=5, engine="1", name="second", gate=False)]
     page = opened(browser, serve(models, steps=20).url)
     assert page.evaluate("[...document.getElementById('engine').options].map(o => o.value)") == ["0", "1"]
+    assert texts(page, "#engine option") == ["0 · first", "1 · second"]
     assert text(page, "model") == "first"
-    page.evaluate("document.getElementById('engine').value = '1'")
-    page.evaluate("document.getElementById('engine').dispatchEvent(new Event('change'))")
+    choose(page, "engine", "1")
     page.wait_for("document.getElementById('model').innerText === 'second'")
     assert len(table(page)) == 6
     assert page.errors == []
@@ -362,11 +207,180 @@ def test_failing_probes_and_infinite_values_stand_out(browser, serve):
     page = opened(browser, made.url)
     page.wait_for("document.getElementById('model').innerText === '<b>m</b>'")
     assert "Infinity" in tiles(page)["Largest |h|"]
-    assert "The attention probe failed 2 times" in text(page, "notice")
+    assert "The attention probe failed 2 times" in text(page, "status")
     assert "not measured" in tiles(page)["Strongest sink"]
-    pixel = page.evaluate(
-        "(() => { const c = document.getElementById('heat');"
-        " return [...c.getContext('2d').getImageData(c.width - 1, 0, 1, 1).data]; })()"
+    assert page.errors == []
+
+
+def test_massive_activations_are_shown_by_position_and_layer(browser, serve):
+    model = Model(layers=6, switch_steps=(100,))
+    page = opened(browser, serve([model]).url)
+    first, last = model.values(0), model.values(STEPS - 1)
+    tokens = sum(
+        last[series("tokens_observed_total", phase=p)] - first[series("tokens_observed_total", phase=p)]
+        for p in ("prefill", "decode")
     )
-    assert pixel == [224, 33, 138, 255]
+    note = text(page, "positionNote")
+    assert note.startswith(f"{tokens:,.0f} tokens looked at in 5 min (17,880 prefill, 5,364 decode; 298 of them at")
+    rows = {row[0]: row[1:] for row in table(page, "positionBox")[1:]}
+
+    def cell(layer: int, position: str) -> str:
+        rise = last[series("massive_activations_total", layer=layer_label(layer), position=position)]
+        return f"{1000 * rise / tokens:.3g} ({rise:.0f})" if rise else "0"
+
+    assert rows == {str(i): [cell(i, p) for p in ("start", "delimiter", "other")] for i in range(6)}
+    assert (rows["0"], rows["2"]) == (["2.15 (50)", "0", "0"], ["2.15 (50)", "1.25 (29)", "0"])
+    widest = page.evaluate("[...document.querySelectorAll('#positionBody tr:nth-child(3) i')].map(i => i.style.width)")
+    assert [float(w.rstrip("%")) for w in widest] == pytest.approx([92, 92 * 29 / 50, 0], abs=0.1)
+    assert page.errors == []
+
+
+def test_layers_without_massive_activations_are_summed_up(browser, serve):
+    page = opened(browser, serve([Model(layers=6)]).url)
+    assert [row[0] for row in table(page, "positionBox")] == ["layer", "2"]
+    assert text(page, "positionNote").endswith("None in layer 0, 1, 3, 4, 5.")
+    assert page.errors == []
+
+
+def test_no_massive_activation_is_told_from_not_having_looked(browser, serve):
+    quiet = Model(layers=1, gate=False, quiet=range(STEPS))
+    assert text(opened(browser, serve([quiet], 5).url), "positionEmpty") == (
+        "No token was looked at in this span, so that nothing can be said."
+    )
+
+
+def test_without_massive_activations_the_tokens_are_named(browser, serve):
+    page = opened(browser, serve([Model(layers=1)], 5).url)
+    assert text(page, "positionEmpty").startswith("No massive activation in this span. 624 tokens looked at in 8.0 s")
+    made = serve([], 1)
+    write(made.folder, info(), {series("attention_sink_mass", layer="000"): 0.5})
+    (made.folder / "0-pp0-tp0.snapshot").touch()
+    made.history._engines.clear()
+    made.history.record()
+    page = opened(browser, made.url)
+    page.wait_for("document.getElementById('positionEmpty').innerText.includes('not installed')")
+
+
+def test_quantization_and_the_baseline_appear_where_they_are_measured(browser, serve, awaited):
+    model = Model(layers=6, switch_steps=(60,), quantization=True, baseline=True)
+    page = opened(browser, serve([model]).url)
+    written = model.values(STEPS - 1)
+    rows = {row[0]: row[1:] for row in table(page, "quantizationBox")[1:]}
+    assert list(rows) == [
+        "FP8 E4M3, no scale",
+        "FP8 E4M3, scale per tensor",
+        "INT8, scale per tensor",
+        "INT8, scale per token",
+        "INT8, static scale",
+        "as served",
+    ]
+
+    def worst(metric: str, form: str, scale: str) -> tuple[float, int, str]:
+        return min(
+            (written[series(metric, layer=layer_label(i), site=site, format=form, scale=scale)], i, site)
+            for i in range(6)
+            for site in SITES
+        )
+
+    least, layer, at = worst("quantization_headroom_ratio", "fp8_e4m3", "none")
+    assert least < 1
+    assert rows["FP8 E4M3, no scale"] == [f"{number(least)} × layer {layer}, {at}", "–"]
+    assert page.evaluate("document.querySelector('#quantizationBody td span').className") == "warn"
+    decibels, layer, at = worst("quantization_snr_decibels", "int8", "per_token")
+    assert rows["INT8, scale per token"] == ["–", f"{decibels:.1f} dB layer {layer}, {at}"]
+    assert text(page, "clipped").endswith("hidden 0.0020 %, attention input 0.0020 %, mlp input 0.0020 %.") or (
+        # A counter that did not rise in the span clips nothing.
+        text(page, "clipped") == ""
+    )
+    assert texts(page, "#format option") == ["FP8 E4M3, no scale", "INT8, static scale", "as served"]
+    assert tiles(page)["Headroom"].split("\n\n")[0].startswith("Headroom")
+    head, *layers = table(page)
+    assert head[-1] == "headroom"
+    most = [FORMATS["fp8_e4m3", "none"] / v for v in of(model, "activation_abs_max")]
+    assert [row[-1] for row in layers] == list(map(number, most))
+    choose(page, "format", "int8:static")
+    page.wait_for("document.querySelector('[data-key=quantization_headroom_ratio] b').innerText.includes('INT8')")
+    most = [FORMATS["int8", "static"] / v for v in of(model, "activation_abs_max")]
+    assert [row[-1] for row in table(page)[1:]] == list(map(number, most))
+
+    usual = of(model, "baseline_activation_abs_max")
+    marks = page.evaluate("[...document.querySelectorAll('#body td:nth-child(2) b')].map(b => b.title)")
+    assert marks == [f"baseline {number(v)}" for v in usual]
+    assert "a line marks the baseline" in page.evaluate("document.body.innerText")
+    assert "baseline there 0.500" in tiles(page)["Strongest sink"]
+    assert page.errors == []
+
+
+def test_the_time_range_decides_how_far_back_the_page_looks(browser, serve):
+    # Three hours of points that are further apart than the page's usual ones, which are quick to write.
+    settings = Live(period_seconds=30.0)
+    model = Model(layers=3, switch_steps=(40, 345))
+    page = opened(browser, serve([model], 360, settings).url)
+    assert len(texts(page, "#switches li")) == 1
+    assert page.evaluate("document.querySelector('input[name=span]:checked').value") == "900"
+    page.click("input[value='10800'] + span")
+    page.wait_for("document.querySelectorAll('#switches li').length === 2")
+    assert text(page, "positionEmpty") == "" and "in 3 h" in text(page, "positionNote")
+    ticks = texts(page, "#axis span")
+    assert len(ticks) > 8 and all(tick.endswith(("00", "15", "30", "45")) for tick in ticks)
+    assert page.evaluate("location.hash").startswith("#span=10800&show=overview")
+    # A link shows another person the same.
+    other = opened(browser, page.evaluate("location.href").replace("overview", "attention_sink_mass"))
+    assert other.evaluate("document.querySelector('input[name=span]:checked').value") == "10800"
+    assert other.evaluate("[...document.querySelectorAll('figure')].map(f => f.dataset.key)") == ["attention_sink_mass"]
+    assert page.errors == other.errors == []
+
+
+def test_only_the_time_that_the_server_keeps_is_offered(browser, serve):
+    page = opened(browser, serve([Model(layers=2)], 5, Live(history_seconds=3600.0)).url)
+    assert texts(page, "#spans label:not([hidden])") == ["15 min", "1 h"]
+
+
+def test_what_is_wrong_is_said_in_words_the_worst_first(browser, serve):
+    made = serve([Model(layers=3, nonfinite_layer=1)], 3)
+    write(
+        made.folder,
+        info("pp0-tp1"),
+        {
+            series("generation", rank="pp0-tp1", kind="desired"): 4.0,
+            series("generation", rank="pp0-tp1", kind="applied"): 3.0,
+            series("engine_paused"): 1.0,
+            series("config_file_good"): 0.0,
+            series("config_restart_needed"): 2.0,
+            series("probe_errors_total", probe="attention"): 5.0,
+            series("nonfinite_total", layer="001"): 9.0,
+        },
+    )
+    made.history.record()
+    page = opened(browser, made.url)
+    page.wait_for("document.querySelectorAll('#status p').length === 6")
+    assert texts(page, "#status p") == [
+        "Problem: 9 NaN or infinite values in layer 1; 6 of them in this span.",
+        "Problem: Generation is paused: by a switch under way, or by somebody else.",
+        "Problem: Not in the state that was asked for: pp0-tp1.",
+        "Warning: The attention probe failed 5 times; its numbers may be missing. See the server log.",
+        "Warning: The configuration file cannot be used; the last good state stays. See the server log.",
+        "Note: 2 changed settings wait for a restart.",
+    ]
+    assert page.evaluate("document.getElementById('status').className") == "bad"
+    assert "in layer 1" in tiles(page)["Non-finite"]
+    assert page.errors == []
+
+
+def test_a_calm_server_says_so(browser, serve):
+    page = opened(browser, serve([Model(layers=2)], 5).url)
+    assert text(page, "status").startswith("No problem seen: nothing non-finite")
+
+
+def test_new_points_arrive_without_taking_a_selection_away(browser, serve):
+    model = Model(layers=2)
+    made = serve([model], 10)
+    page = opened(browser, made.url)
+    page.evaluate("getSelection().selectAllChildren(document.querySelector('#body td span'))")
+    page.evaluate("window.kept = document.querySelector('#body td')")
+    model.write(made.folder, 5000)
+    made.history.record()
+    page.wait_for("document.body.innerText.includes('600,007')")
+    assert page.evaluate("getSelection().toString()").strip() != ""
+    assert page.evaluate("kept.isConnected")
     assert page.errors == []

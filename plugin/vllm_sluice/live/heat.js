@@ -60,7 +60,7 @@ export function renderMaps(past, wanted, axis, lanes, name) {
   const empty = !past.engine || !past.points.times.some((_, i) => past.measured(i));
   $.help.hidden = empty;
   now = null;
-  if (explain($.heatBox, $.heatEmpty, empty && past.whyEmpty())) return;
+  if (explain($.heatBox, $.heatEmpty, empty && (past.busy ? "Not measured: its probe is not installed, or has not sampled a token yet." : past.whyEmpty()))) return;
   const width = Math.max(1, shown[0].plot.clientWidth);
   now = { past, axis, lanes, across: pointsAcross(past, axis, width), width };
   $.infKey.hidden = $.clipKey.hidden = true;
