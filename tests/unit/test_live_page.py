@@ -245,7 +245,7 @@ def test_layers_without_massive_activations_are_summed_up(browser, serve):
 def test_no_massive_activation_is_told_from_not_having_looked(browser, serve):
     quiet = Model(layers=1, gate=False, quiet=range(STEPS))
     assert text(opened(browser, serve([quiet], 5).url), "positionEmpty") == (
-        "No token was looked at in this span, so that nothing can be said."
+        "No token was looked at in this span: nothing is known."
     )
 
 

@@ -22,8 +22,8 @@ export const COLUMNS = [
   { key: "gate_mean", name: "gate mean", show: share, overview: true, snug: true, needs: "gate_mean", unit: "mean gate value",
     about: "Mean value of the gate: 0 shuts a head off, 1 lets it pass. Good: low but not 0 (published models: 0.1 to 0.2); near 1 the gate does nothing." },
   { key: "gate_closed_ratio", name: "gate closed", show: share, needs: "gate_mean" },
-  { key: HEADROOM, name: "headroom", log: true, low: true, overview: true, needs: HEADROOM, unit: "largest value of the format / largest |value|, logarithmic",
-    about: "How far the largest |value| stays below what the format holds, at the tightest site of the layer. Good: above 1 with a margin; below 1 the format clips." },
+  { key: HEADROOM, name: "headroom", log: true, low: true, overview: true, needs: HEADROOM, unit: "the format's maximum / largest |value|, logarithmic",
+    about: "What the format holds over the largest |value|, at the tightest site of the layer. Good: well above 1; below 1 it clips." },
 ];
 export const MAPS = COLUMNS.filter((c) => c.unit);
 

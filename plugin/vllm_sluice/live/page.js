@@ -1,6 +1,6 @@
 // Asks the server, keeps what the reader chose, and draws.
 
-import { $, fill, make, put } from "./dom.js";
+import { $, clamp, fill, make, put } from "./dom.js";
 import { renderMaps, valueTables } from "./heat.js";
 import { HEADROOM, MAPS, variantName } from "./metrics.js";
 import { Past } from "./past.js";
@@ -10,8 +10,7 @@ import { axisOf, lanesOf, renderLanes } from "./timeline.js";
 
 const OVERVIEW = "overview";
 const SPANS = [[900, "15 min"], [3600, "1 h"], [10800, "3 h"]];
-const FEWEST_POINTS = 360; // with three hours, points are then less than a measuring window apart
-const MOST_POINTS = 720;
+const POINTS = [360, 720]; // with the fewest, those of three hours are still less than a measuring window apart
 
 const past = new Past();
 // What the reader chose; in the address too, so that a link shows another person the same.
@@ -20,22 +19,19 @@ let paused = false;
 let turn = 0;
 let timer;
 
-// The maps on screen: { metric, key }
-function wantedMaps() {
-  const known = MAPS.filter((m) => !m.needs || past.has(m.needs));
-  const single = known.find((m) => m.key === choice.show);
-  return (single ? [single] : known.filter((m) => m.overview)).map((metric) => ({ metric, key: metric.key === HEADROOM ? `${HEADROOM}:${choice.format}` : metric.key }));
+// The maps that the choice asks for: { metric, key }
+function mapsAmong(metrics) {
+  const single = metrics.find((m) => m.key === choice.show);
+  return (single ? [single] : metrics.filter((m) => m.overview)).map((metric) => ({ metric, key: metric.key === HEADROOM ? `${HEADROOM}:${choice.format}` : metric.key }));
 }
 
-// Before the first answer it is not known which maps there will be: asks for all that the choice may need.
-function wantedRows() {
-  const keys = MAPS.filter((m) => (choice.show === OVERVIEW ? m.overview : m.key === choice.show)).map((m) => m.key);
-  return (keys.length ? keys : MAPS.filter((m) => m.overview).map((m) => m.key)).map((key) => (key === HEADROOM ? `${HEADROOM}:${choice.format}` : key));
-}
+const wantedMaps = () => mapsAmong(MAPS.filter((m) => !m.needs || past.has(m.needs)));
+// Before the first answer it is not known what is measured: asks for both.
+const wantedRows = () => [...new Set([...mapsAmong(MAPS), ...wantedMaps()].map((m) => m.key))];
 
 async function ask(anew) {
   const query = new URLSearchParams({ since: anew ? -choice.span : past.since, engine: choice.engine, metrics: wantedRows(), span: choice.span });
-  if (anew) query.set("points", Math.min(MOST_POINTS, Math.max(FEWEST_POINTS, document.body.clientWidth)));
+  if (anew) query.set("points", clamp(document.body.clientWidth, ...POINTS));
   else query.set("step", past.step);
   const patience = Math.max(5, 3 * (past.answer?.period_seconds ?? 2));
   let received;
@@ -48,7 +44,7 @@ async function ask(anew) {
   const answer = await received.json().catch((error) => {
     throw new Error(error.name === "TimeoutError" ? `no complete answer within ${patience} s` : "its answer is not JSON");
   });
-  if (!Array.isArray(answer?.engines) || !Array.isArray(answer.times)) throw new Error("its answer has another form; reload the page");
+  if (!answer?.engines || !answer.times) throw new Error("its answer has another form; reload the page");
   return answer;
 }
 
@@ -62,7 +58,7 @@ async function poll(anew = false) {
     past.accept(answer, choice.engine, choice.span, anew);
     if (anew) past.step = answer.step;
     if (past.engine) choice.engine = past.engine.engine;
-    // The format chosen is not measured here: take one that is.
+    // Not measured in this format: take another.
     if (past.variants.length && !past.variants.includes(choice.format)) {
       choice.format = past.variants[0];
       return poll(true);
@@ -111,7 +107,6 @@ function renderControls() {
   }
   for (const input of $.spans.querySelectorAll("input")) {
     input.checked = +input.value === choice.span;
-    // A span that the server does not keep would only be an empty picture.
     input.parentNode.hidden = past.answer && +input.value > Math.max(SPANS[0][0], past.answer.history_seconds) && !input.checked;
   }
   put($.about, single ? maps[0].metric.about : "One time axis and one cursor for all. Good: even rows, and changes only where a patch was switched.");

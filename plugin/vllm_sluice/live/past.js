@@ -130,7 +130,7 @@ export class Past {
 
   whyEmpty() {
     if (!this.answer) return this.lost ? "The server has not answered yet." : "Waiting for the first answer.";
-    if (this.health()[0] === "gone") return "No worker reports. While a model loads this is normal; it takes minutes for a large one.";
+    if (this.health()[0] === "gone") return "No worker reports. While a model loads this is normal, for minutes if it is large.";
     const seen = this.points.times.filter((_, i) => this.measured(i));
     return `No traffic in the window${seen.length ? `; the last values are from ${clock(last(seen))}` : ""}. Send the model a request and look again.`;
   }

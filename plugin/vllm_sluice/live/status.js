@@ -35,7 +35,7 @@ const RANKING = ["bad", "warn", "info"];
 
 export function renderStatus(past) {
   const found = problems(past).sort((a, b) => RANKING.indexOf(a[0]) - RANKING.indexOf(b[0]));
-  const calm = !past.answer ? "Connecting." : !past.engine ? past.whyEmpty()
+  const calm = !past.engine ? past.whyEmpty()
     : "No problem seen: nothing non-finite, generation not paused, snapshots fresh, no probe errors.";
   $.status.className = found[0]?.[0] ?? (past.engine ? "good" : "info");
   fill($.status, found.length ? found.map(([severity, text]) => make("p", [make("b", { bad: "Problem: ", warn: "Warning: ", info: "Note: " }[severity]), text])) : [make("p", calm)]);

@@ -1,6 +1,6 @@
 // What is best read as numbers: every layer now, token positions, quantization.
 
-import { $, clamp, count, duration, explain, fill, finite, listed, make, number, put } from "./dom.js";
+import { $, clamp, count, duration, explain, fill, finite, listed, make, number, put, share } from "./dom.js";
 import { COLUMNS, HEADROOM, SNR, variantName } from "./metrics.js";
 
 const header = (names) => make("tr", names.map((n) => make("th", n, { scope: "col" })));
@@ -12,8 +12,8 @@ function length(v, values, log) {
   return v > 0 ? Math.min(1, Math.log(v / low) / Math.log(Math.max(...finite(values)) / low)) : 0;
 }
 
-const WIDEST = 92; // % of the cell
-const bar = (part) => make("i", "", {}, { width: `${WIDEST * part}%` });
+const percent = (part) => `${92 * part}%`; // of the cell
+const bar = (part) => make("i", "", {}, { width: percent(part) });
 
 export function renderLayers(past, variant) {
   if (explain($.tableBox, $.tableEmpty, !past.busy && past.whyEmpty())) return;
@@ -33,11 +33,11 @@ function cell(past, column, index, variant) {
   const v = values[index];
   const whole = column.of && past.latest(column.of)[index];
   const scale = [...values, ...usual];
-  const drawn = column.log || column.show?.(0) === "0.000" || column.of;
+  const drawn = column.log || column.show === share || column.of;
   const part = drawn ? length(whole ? v / whole : v, scale, column.log) : 0;
   const text = (column.show ?? number)(v);
   const low = column.low && v < 1 ? { class: "warn" } : {};
-  const mark = usual[index] == null ? [] : [make("b", "", { title: `baseline ${number(usual[index])}` }, { left: `calc(6px + ${WIDEST * length(usual[index], scale, column.log)}%)` })];
+  const mark = usual[index] == null ? [] : [make("b", "", { title: `baseline ${number(usual[index])}` }, { left: `calc(6px + ${percent(length(usual[index], scale, column.log))})` })];
   return make("td", [bar(v == null ? 0 : part), ...mark, make("span", whole ? `${text} / ${whole}` : text, low)]);
 }
 
@@ -55,8 +55,8 @@ export function renderPositions(past) {
     starts == null ? "" : `; ${count(starts)} of them at position 0`}).`;
   const known = POSITIONS.some(([p]) => rows[p].length);
   const layers = (past.engine?.order ?? []).filter((i) => POSITIONS.some(([p]) => rows[p][i] > 0));
-  const why = !past.engine ? past.whyEmpty() : !known ? "The residual probe is not installed, so that nothing is known about massive activations."
-    : !all ? "No token was looked at in this span, so that nothing can be said." : !layers.length && `No massive activation in this span. ${looked}`;
+  const why = !past.engine ? past.whyEmpty() : !known ? "The residual probe is not installed: nothing is known."
+    : !all ? "No token was looked at in this span: nothing is known." : !layers.length && `No massive activation in this span. ${looked}`;
   if (explain($.positionBox, $.positionEmpty, why)) return;
   const without = past.engine.order.filter((i) => !layers.includes(i)).map((i) => past.layer(i));
   put($.positionNote, `${looked} Per 1,000 of them, in parentheses the number.${without.length ? ` None in layer ${listed(without, 12)}.` : ""}`);
