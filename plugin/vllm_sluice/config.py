@@ -91,6 +91,8 @@ class ResidualProbe(_Strict):
     """Build the probe into the model."""
     enabled: Annotated[bool, Field(json_schema_extra=RUNTIME)] = True
     """Whether the installed probe looks at tokens."""
+    layers: Annotated[Literal["all"] | list[Annotated[int, Field(ge=0)]], Field(json_schema_extra=RUNTIME)] = "all"
+    """Decoder layers that are reported; those that the model does not have are passed over."""
     sample_rows: Annotated[int, Field(ge=1, le=1024)] = 16
     """Tokens a forward pass whose hidden state enters the median's histogram; all other statistics see every token."""
     interval_seconds: Annotated[float, Field(ge=0, le=60, json_schema_extra=RUNTIME)] = 0.25
@@ -110,6 +112,8 @@ class AttentionProbe(_Strict):
     """Build the probe into the model."""
     enabled: Annotated[bool, Field(json_schema_extra=RUNTIME)] = True
     """Whether the installed probe samples queries."""
+    layers: Annotated[Literal["all"] | list[Annotated[int, Field(ge=0)]], Field(json_schema_extra=RUNTIME)] = "all"
+    """Decoder layers that are reported; those that the model does not have are passed over."""
     queries: Annotated[int, Field(ge=1, le=256)] = 8
     """Queries sampled in a forward pass that is looked at."""
     interval_seconds: Annotated[float, Field(ge=0, le=60, json_schema_extra=RUNTIME)] = 0.25
@@ -127,6 +131,8 @@ class GateProbe(_Strict):
     """Build the probe into the model, where a gate is installed."""
     enabled: Annotated[bool, Field(json_schema_extra=RUNTIME)] = True
     """Whether the installed probe looks at tokens."""
+    layers: Annotated[Literal["all"] | list[Annotated[int, Field(ge=0)]], Field(json_schema_extra=RUNTIME)] = "all"
+    """Decoder layers that are reported; those that the model does not have are passed over."""
     closed_below: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """A gate below this counts as closed."""
 
@@ -141,6 +147,8 @@ class QuantizationProbe(_Strict):
     """Build the probe into the model. It costs time in every forward pass: measure, then leave it out again."""
     enabled: Annotated[bool, Field(json_schema_extra=RUNTIME)] = True
     """Whether the installed probe looks at tokens."""
+    layers: Annotated[Literal["all"] | list[Annotated[int, Field(ge=0)]], Field(json_schema_extra=RUNTIME)] = "all"
+    """Decoder layers that are reported; those that the model does not have are passed over."""
     sites: tuple[Site, ...] = ("hidden", "attention_input", "mlp_input")
     """What to look at: the hidden state after the layer, the input of the q, k and v projections, that of the MLP."""
     sample_rows: Annotated[int, Field(ge=1, le=1024)] = 16

@@ -87,6 +87,23 @@ def test_together_or_one_by_one_is_the_same(make_engine, twin_gated, prompts):
             assert together[key] == pytest.approx(value, rel=1e-5), key
 
 
+def test_only_the_chosen_layers_are_reported(make_engine, twin_gated, prompts):
+    engine = make_engine(twin_gated)
+    engine.fresh_windows()
+    kinds = ("residual", "attention", "gate")
+    try:
+        engine.rpc("apply", {"probes": {kind: {"layers": [1, 4, 99]} for kind in kinds}})
+        engine.generate(prompts[:2], 3)
+        metrics = engine.metrics()
+        for name in ("activation_abs_max", "attention_sink_mass", "gate_mean"):
+            assert [key[1] for key in metrics if key[0] == name] == ["001", "004"]
+        counters = ("nonfinite_total", "massive_activations_total")
+        assert {key[1] for key in metrics if key[0] in counters} == {"001", "004"}
+    finally:
+        engine.rpc("apply", {"probes": {kind: {"layers": "all"} for kind in kinds}})
+    assert len([key for key in engine.metrics() if key[0] == "activation_abs_max"]) == 6
+
+
 def test_a_prefix_cache_hit_says_what_was_seen(make_engine, twin_gated, prompts):
     engine = make_engine(twin_gated, enable_prefix_caching=True, block_size=32)
     prompt = prompts[0]

@@ -73,6 +73,19 @@ def test_a_probe_is_changed_without_a_pause(make, engines):
     assert [rank.values["attention"]["interval_seconds"] for rank in engines.ranks] == [2.0, 2.0]
 
 
+def test_layers_are_chosen_and_stay_so(make, engines):
+    """Also after the journal, which is JSON, has kept them."""
+    controller = make()
+    asyncio.run(controller.change({"probes.attention.layers": [0, 5]}, who="ann"))
+    assert [rank.values["attention"]["layers"] for rank in engines.ranks] == [[0, 5], [0, 5]]
+    assert asyncio.run(make().change({}, who="start", source="file")).changed == {}
+    asyncio.run(controller.change({"probes.attention.layers": None}, who="ann"))
+    assert [rank.values["attention"]["layers"] for rank in engines.ranks] == ["all", "all"]
+    for value in ("some", [-1], [0.5], 3):
+        with pytest.raises(Refused, match=r"probes\.attention\.layers"):
+            asyncio.run(controller.change({"probes.attention.layers": value}, who="ann"))
+
+
 def test_what_is_already_so_changes_nothing(make, engines):
     done = asyncio.run(make().change(ON, who="ann"))
     assert engines.log == []

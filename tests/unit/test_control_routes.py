@@ -96,7 +96,7 @@ def test_dry_run_changes_nothing_and_needs_no_token(make, engines):
 def test_the_schema_holds_run_time_keys_only(make):
     schema = make().get(f"{PREFIX}/schema").json()
     assert set(schema["patches"]["gate"]["properties"]) == {"enabled", "temperature", "floor"}
-    assert set(schema["probes"]["attention"]["properties"]) == {"enabled", "interval_seconds"}
+    assert set(schema["probes"]["attention"]["properties"]) == {"enabled", "interval_seconds", "layers"}
     assert "Divides the gate's logits" in schema["patches"]["gate"]["properties"]["temperature"]["description"]
 
 

@@ -189,6 +189,8 @@ class InstalledAttention(Probe):
         positions = batch.positions[self._sample[copied]].long()
         longest = int(position.max()) + 1
         for index, (site, shape, copy) in enumerate(zip(self._sites, self._shapes, self._copies, strict=True)):
+            if not self.looks_at(site.layer):
+                continue
             counted = torch.ones_like(positions)
             if shape.window:  # position 0 has left the window of later queries: they say nothing about the sink
                 counted = (positions < shape.window).long()
@@ -199,7 +201,7 @@ class InstalledAttention(Probe):
             yield index, summarise(probability, positions).double() * counted.view(1, -1, 1), counted
 
     def set(self, values: Mapping[str, Any]) -> None:
-        """Take `enabled` and `interval_seconds`."""
+        """Take `enabled`, `layers` and `interval_seconds`."""
         super().set(values)
         self.pace = Pace(self.runtime["interval_seconds"])
 
@@ -230,7 +232,7 @@ class InstalledAttention(Probe):
         if window is not None:
             for index, site in enumerate(self._sites):
                 count = window["queries"][index]
-                if count:
+                if count and self.looks_at(site.layer):
                     mean = window["sums"][index, :, : site.heads] / count
                     sinks = (mean[0] > self._settings.sink_threshold).sum()
                     layers[index] = [*mean.mean(axis=1), sinks, site.heads]

@@ -82,6 +82,10 @@ class Probe(ABC):
         """Turn a request's record into plain numbers by layer, which `telemetry.request_summary` puts together."""
         return {}
 
+    def looks_at(self, layer: int) -> bool:
+        """Tell whether a decoder layer is among those that are reported."""
+        return self.runtime["layers"] == "all" or layer in self.runtime["layers"]
+
     def set(self, values: Mapping[str, Any]) -> None:
         """Take run-time values: `enabled` and the kind's own."""
         self.runtime |= values

@@ -121,4 +121,5 @@ class InstalledGateProbe(Probe):
             closed, gates = window["counts"].T
             with np.errstate(divide="ignore", invalid="ignore"):
                 out = np.column_stack([window["sums"][:, 0] / gates, closed / gates])
+        out[[not self.looks_at(layer) for layer in self.layers]] = np.nan
         return out.reshape(-1)

@@ -136,7 +136,7 @@ class InstalledQuantization(Probe):
         return groups
 
     def set(self, values: Mapping[str, Any]) -> None:
-        """Take `enabled` and `interval_seconds`."""
+        """Take `enabled`, `layers` and `interval_seconds`."""
         super().set(values)
         self.pace = Pace(self.runtime["interval_seconds"])
 
@@ -190,4 +190,6 @@ class InstalledQuantization(Probe):
             snr[:, [scale == "static" for _, scale in PAIRS]] += 0 * static[:, None]  # NaN where there is no range now
         counts = np.zeros((places, 2)) if total is None else total["counts"].astype(np.float64)
         counts[:, 1] += 0 * static  # not compared with anything is not the same as none clipped
-        return np.column_stack([headroom, snr, counts]).reshape(-1)
+        out = np.column_stack([headroom, snr, counts])
+        out[[not self.looks_at(place.layer) for place in self._places]] = np.nan
+        return out.reshape(-1)

@@ -160,7 +160,7 @@ class InstalledResidual(Probe):
         return {layer: numbers for layer, *numbers in columns}
 
     def set(self, values: Mapping[str, Any]) -> None:
-        """Take `enabled` and `interval_seconds`."""
+        """Take `enabled`, `layers` and `interval_seconds`."""
         super().set(values)
         self.pace = Pace(self.runtime["interval_seconds"])
 
@@ -219,6 +219,7 @@ class InstalledResidual(Probe):
         out[:, -4] = counts[:, 1]
         if self._steered:  # until the thresholds are known nothing is counted, which is not the same as none
             out[:, -3:] = counts[:, 3:6]
+        out[[not self.looks_at(layer) for layer in self.layers]] = np.nan
         tokens = np.zeros(3) if total is None else total["tokens"]
         return np.concatenate([out.reshape(-1), tokens])
 
