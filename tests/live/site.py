@@ -50,6 +50,12 @@ def opened(browser: Browser, url: str, width: int = 1440, dark: bool = False) ->
     return page
 
 
+def still(page: Page) -> Page:
+    """Pause the page, so that no refresh comes between two readings."""
+    page.click("#pause")
+    return page
+
+
 def texts(page: Page, selector: str) -> list[str]:
     return page.evaluate(f"[...document.querySelectorAll({json.dumps(selector)})].map(e => e.innerText.trim())")
 

@@ -103,10 +103,10 @@ def test_the_live_page_shows_the_numbers(server, sent, tmp_path):
     shot = tmp_path / "live.png"
     with Browser() as browser:
         page = browser.open(f"{server.url}/plugins/sluice/", width=1440, height=1600)
-        page.wait_for("document.querySelectorAll('tbody tr').length >= 6", seconds=30)
+        page.wait_for("document.querySelectorAll('#body tr').length >= 6", seconds=30)
         text = page.evaluate("document.body.innerText")
         box = page.evaluate(
-            "(() => { const r = document.getElementById('heat').getBoundingClientRect();"
+            "(() => { const r = document.querySelector('canvas').getBoundingClientRect();"
             " return [r.left + scrollX, r.top + scrollY, r.right + scrollX, r.bottom + scrollY]; })()"
         )
         page.screenshot(shot)

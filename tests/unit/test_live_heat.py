@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import time
+from itertools import pairwise
 
 import pytest
 
@@ -18,6 +20,7 @@ from tests.live.site import (
     pixels,
     rectangle,
     shown,
+    still,
     table,
     text,
     texts,
@@ -71,7 +74,7 @@ def every(model: Model, metric: str, steps: range = range(STEPS)) -> list[float]
 
 def test_every_cell_has_the_colour_of_its_value(browser, serve):
     model = Model(layers=24, switch_steps=(60, 100), nonfinite_layer=7)
-    page = opened(browser, serve([model]).url)
+    page = still(opened(browser, serve([model]).url))
     steps = [3, 20, 57, 63, 80, 97, 103, 130, 147]
     low, high = quarters(every(model, RATIO))
     check(page, model, RATIO, lambda v: colour((math.log10(v) - low) / (high - low)), steps)
@@ -92,7 +95,7 @@ def test_three_hours_are_drawn_with_the_older_points_in_their_places(browser, se
     model = Model(layers=4, switch_steps=(300, 700))
     # 900 points twelve seconds apart: the first half of them is thinned to one in two or more.
     made = serve([model], 900, Live(period_seconds=12.0))
-    page = opened(browser, made.url + "#span=10800&show=attention_sink_mass", 360)
+    page = still(opened(browser, made.url + "#span=10800&show=attention_sink_mass", 360))
     column = timescale(page)
     found = pixels(page, SINK)
     for begin, end, on in ((10, 290, True), (310, 690, False), (710, 890, True)):
@@ -105,7 +108,7 @@ def test_three_hours_are_drawn_with_the_older_points_in_their_places(browser, se
 
 def test_times_without_a_value_stay_empty(browser, serve):
     model = Model(layers=3, quiet=range(50, 90))
-    page = opened(browser, serve([model]).url)
+    page = still(opened(browser, serve([model]).url))
     found, column = pixels(page, SINK), timescale(page)
     for step, empty in ((40, False), (60, True), (80, True), (100, False)):
         assert (found[1][column(model.started + 2 * (step - 0.5))][3] == 0) == empty
@@ -125,7 +128,7 @@ def test_clipped_and_infinite_values_are_marked(browser, serve, monkeypatch):
     for name, metric in awaited_metrics().items():
         monkeypatch.setitem(BY_NAME, name, metric)
     model = Model(layers=12, switch_steps=(60,), quantization=True)
-    page = opened(browser, serve([model]).url)
+    page = still(opened(browser, serve([model]).url))
     headroom = [[448.0 / v for v in of(model, "activation_abs_max", step)] for step in range(STEPS)]
     low, high = quarters([max(1.0, shown(v)) for row in headroom for v in row])
 
@@ -237,6 +240,29 @@ def test_a_cursor_stays_while_points_arrive(browser, serve):
     made.history.record()
     page.wait_for("document.body.innerText.includes('600,007')")
     assert page.evaluate(tip) == before
+    assert page.errors == []
+
+
+def test_points_that_arrive_are_as_far_apart_as_the_older_ones(browser, serve):
+    model = Model(layers=1, gate=False)
+    made = serve([model], 900, Live(period_seconds=1.0))  # more points than a phone has room for: one in two
+    page = opened(browser, made.url, 360)
+    for step in range(900, 910):
+        time.sleep(1.0)
+        model.write(made.folder, step)
+        made.history.record()
+    time.sleep(1.2)
+    still(page)
+    focus(page, canvas(SINK))
+    times = []
+    for key in ["End", *["ArrowLeft"] * 4]:
+        page.press(key)
+        spoken = page.evaluate("document.getElementById('said').textContent")
+        times.append(spoken.split(" · ")[1].split(";")[0])
+    seconds = [sum(int(part) * unit for part, unit in zip(t.split(":"), (3600, 60, 1), strict=True)) for t in times]
+    # The last point may come in between; the others are two seconds apart, as the clock's seconds show them.
+    assert all(1 <= a - b <= 4 for a, b in pairwise(seconds[1:])), times
+    assert seconds[1] - seconds[-1] >= 5
     assert page.errors == []
 
 

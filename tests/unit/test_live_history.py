@@ -310,7 +310,8 @@ def test_every_switch_is_remembered_also_between_the_points_that_are_kept(tmp_pa
     history = History(SnapshotCollector(tmp_path), LIVE, clock=clock)
     start = clock.now
     # Changes at 5.2 s and 9.1 s by the patch's own clock; back and forth between two points at 12.5 s and 13 s.
-    states = [(1, 0), (1, 0), (0, 5.2), (0, 5.2), (1, 9.1), (1, 9.1), (1, 13.0), (1, 13.0)]
+    # The last one, of 15.5 s, is first seen at 18 s: a reader who was there at 16 s has to get it.
+    states = [(1, 0), (1, 0), (0, 5.2), (0, 5.2), (1, 9.1), (1, 9.1), (1, 13.0), (1, 13.0), (0, 15.5)]
     for step, (on, changed) in enumerate(states):
         values = {
             series("patch_enabled", patch="gate"): float(on),
@@ -323,8 +324,10 @@ def test_every_switch_is_remembered_also_between_the_points_that_are_kept(tmp_pa
         record(history, clock)
     found = answer(history)
     expected = [[start + 5.2, "gate", False, 2], [start + 9.1, "gate", True, 4], [start + 13.0, "gate", True, 6]]
+    expected.append([start + 16.0, "gate", False, 8])
     assert found["engines"][0]["switches"] == expected
-    assert len(found["times"]) < 8
+    assert len(found["times"]) < 9
+    assert only_engine(history, since=start + 16.0)["switches"] == expected[3:]
     # A reader who asks again gets each switch once, with the point that showed it.
     assert only_engine(history, since=start + 10.0)["switches"] == expected[2:]
     assert only_engine(history, since=clock.now)["switches"] == []
