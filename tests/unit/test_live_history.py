@@ -308,7 +308,7 @@ def test_every_switch_is_remembered_also_between_the_points_that_are_kept(tmp_pa
     monkeypatch.setattr("vllm_sluice.live.column.RECENT_POINTS", 2)
     monkeypatch.setattr("vllm_sluice.live.column.OLDER_POINTS", 2)
     history = History(SnapshotCollector(tmp_path), LIVE, clock=clock)
-    start = clock.now
+    start = clock.now = 1_700_000_000.33
     # Changes at 5.2 s and 9.1 s by the patch's own clock; back and forth between two points at 12.5 s and 13 s.
     # The last one, of 15.5 s, is first seen at 18 s: a reader who was there at 16 s has to get it.
     states = [(1, 0), (1, 0), (0, 5.2), (0, 5.2), (1, 9.1), (1, 9.1), (1, 13.0), (1, 13.0), (0, 15.5)]
@@ -323,8 +323,8 @@ def test_every_switch_is_remembered_also_between_the_points_that_are_kept(tmp_pa
         write(tmp_path, info(), values)
         record(history, clock)
     found = answer(history)
-    expected = [[start + 5.2, "gate", False, 2], [start + 9.1, "gate", True, 4], [start + 13.0, "gate", True, 6]]
-    expected.append([start + 16.0, "gate", False, 8])
+    switches = [(5.2, False, 2), (9.1, True, 4), (13.0, True, 6), (16.0, False, 8)]
+    expected = [[round(start + after, 2), "gate", on, generation] for after, on, generation in switches]
     assert found["engines"][0]["switches"] == expected
     assert len(found["times"]) < 9
     assert only_engine(history, since=start + 16.0)["switches"] == expected[3:]

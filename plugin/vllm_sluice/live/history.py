@@ -256,8 +256,10 @@ def _note_switches(engine: _Engine, point: Point, now: float, before: float) -> 
         if known is None or (enabled == known[0] and changed <= known[1]):
             continue
         at = min(changed, now) if changed > known[1] else now
-        at = max(at, before)  # so that the order of points and switches is the order of time
-        text = array((f"{at:.1f}", encode.text(patch), json.dumps(enabled), generation))
+        # A point after the patch's own time may still show the old state: the snapshot was older. In the order of
+        # time, with the points' two digits, the switch comes after it.
+        at = max(at, before)
+        text = array((f"{at:.2f}", encode.text(patch), json.dumps(enabled), generation))
         engine.switches.append((now, text))
 
 

@@ -4,7 +4,7 @@ import { $, clock, count, fill, last, listed, make, number, put, share } from ".
 import { HEADROOM, variantName } from "./metrics.js";
 
 // Everything that an engineer should look into: [severity, text], the worst first.
-export function problems(past) {
+function problems(past) {
   const found = [];
   const note = (severity, text) => found.push([severity, text]);
   if (past.lost) {
