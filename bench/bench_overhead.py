@@ -35,6 +35,7 @@ CASES: dict[str, tuple[str, dict[str, str]]] = {
     "gate, element-wise": ("element", NO_PROBES),
     "probes": ("none", {}),
     "gate, head-wise, and probes": ("head", {}),
+    "probes and quantization": ("none", {"SLUICE_PROBES__QUANTIZATION__INSTALL": "true"}),
 }
 
 

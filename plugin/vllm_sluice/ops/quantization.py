@@ -72,7 +72,7 @@ def quantize(x: torch.Tensor, largest: torch.Tensor, number_format: Format) -> t
     end = LARGEST[number_format]
     scale = largest / end
     scale = torch.where(scale > 0, scale, 1.0)
-    scaled = (x / scale).clamp(-end, end)  # PyTorch's cast to FP8 does not saturate: it gives NaN beyond the range
+    scaled = (x / scale).clamp(-end, end)  # not every PyTorch's cast to FP8 saturates: some give NaN
     rounded = scaled.round() if number_format == "int8" else scaled.to(torch.float8_e4m3fn).float()
     return (rounded * scale).clamp(-largest, largest)  # near float32's end the product may round to infinity
 
