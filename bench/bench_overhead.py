@@ -35,6 +35,7 @@ CASES: dict[str, tuple[str, dict[str, str]]] = {
     "gate, element-wise": ("element", NO_PROBES),
     "probes": ("none", {}),
     "gate, head-wise, and probes": ("head", {}),
+    "gate, head-wise, probes, and per request": ("head", {"SLUICE_CONTROL__PER_REQUEST": "true"}),
     "probes and quantization": ("none", {"SLUICE_PROBES__QUANTIZATION__INSTALL": "true"}),
 }
 
