@@ -21,7 +21,7 @@ import yaml
 
 from tests.alerts.exporter import Exporter, Values, running, served
 from tests.alerts.rules import DEPLOY, RULES, RUNBOOK_URL
-from tests.alerts.test_rules import COMING, VLLM
+from tests.alerts.test_rules import VLLM
 from tests.conftest import need_program
 from tests.serving.server import Child, free_port, get
 
@@ -127,7 +127,7 @@ def path(tmp_path: Path) -> Iterator[AlertPath]:
     }
     environment = dict(os.environ)
     children = []
-    with served(Exporter(COMING | VLLM, values), ports[0]), running(ThreadingHTTPServer(("127.0.0.1", ports[1]), Hook)):
+    with served(Exporter(VLLM, values), ports[0]), running(ThreadingHTTPServer(("127.0.0.1", ports[1]), Hook)):
         try:
             children.append(Child(
                 [alertmanager, f"--config.file={alertmanager_config(tmp_path, f'http://{hook}')}",
