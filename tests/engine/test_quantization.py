@@ -200,12 +200,12 @@ def test_values_beyond_the_baseline_are_counted_and_cost_signal(make_engine, twi
     engine.rpc("apply", {"patches": {"gate": {"enabled": True}}})
 
 
-def test_a_bad_baseline_costs_only_the_comparison(twin_gated, prompts, recorded, tmp_path):
+def test_a_bad_baseline_costs_only_the_comparison(make_engine, twin_gated, prompts, recorded, tmp_path):
     tree: Any = json.loads(recorded.read_text())
     del tree["sections"]["gate=1"]["layers"]["005"]
     path = tmp_path / "baseline.json"
     path.write_text(json.dumps(tree))
-    engine = Engine(twin_gated, tmp_path / "run", {**EVERY_ROW, "SLUICE_TELEMETRY__BASELINE": str(path)})
+    engine = make_engine(twin_gated, {**EVERY_ROW, "SLUICE_TELEMETRY__BASELINE": str(path)})
     assert len(engine.generate([prompts[0]], 2)[0]) == 2
     metrics = engine.metrics()
     assert metrics["baseline_good",] == 0

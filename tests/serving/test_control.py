@@ -143,7 +143,7 @@ def test_a_request_in_flight_goes_on_under_the_new_state(server):
         time.sleep(0.005)
     before = len(tokens)
     switch(server, False)
-    after = len(tokens) + 1  # one may be on its way
+    after = len(tokens) + 20  # some may be on their way; all that come after these are of the new state
     reader.join(120)
     assert len(tokens) == 300
     assert before <= after < 280, "the request was over before the switch"
