@@ -128,12 +128,12 @@ def test_cached_prompts_follow_the_state(server, fresh):
 
 def test_a_request_in_flight_goes_on_under_the_new_state(server):
     switch(server, True)
-    ids = server.complete(passages()[51][:400], 1)["choices"][0]["prompt_token_ids"]
+    ids = server.complete(passages()[51][:200], 1)["choices"][0]["prompt_token_ids"]
     tokens: list[int] = []
     values: list[float] = []
 
     def read() -> None:
-        for token, value in stream(server, ids, 300):
+        for token, value in stream(server, ids, 400):
             tokens.append(token)
             values.append(value)
 
@@ -145,12 +145,12 @@ def test_a_request_in_flight_goes_on_under_the_new_state(server):
     switch(server, False)
     after = len(tokens) + 20  # some may be on their way; all that come after these are of the new state
     reader.join(120)
-    assert len(tokens) == 300
-    assert before <= after < 280, "the request was over before the switch"
-    again = list(stream(server, ids + tokens[:after], 300 - after))
+    assert len(tokens) == 400
+    assert before <= after < 380, "the request was over before the switch"
+    again = list(stream(server, ids + tokens[:after], 400 - after))
     assert [token for token, _ in again] == tokens[after:]
     assert apart([value for _, value in again], values[after:]) < EXACT
-    old = list(stream(server, ids, 300))
+    old = list(stream(server, ids, 400))
     assert apart([value for _, value in old], values) > 0.05, "the switch made no difference"
 
 
