@@ -16,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 MADE = "# Made by deploy/generate.py from {source}; do not edit.\n"
 RULES = "deploy/prometheus/rules/sluice.rules.yml"
+FLEET_RULES = "deploy/prometheus/rules/sluice-fleet.rules.yml"
 NODE_RULES = "deploy/prometheus/multi-node/multi-node.rules.yml"
 DASHBOARDS = "grafana/dashboards"
 CATALOGUE = "plugin/vllm_sluice/telemetry/catalogue.py"
@@ -83,6 +84,9 @@ def made() -> Iterator[tuple[str, str]]:
     yield NODE_RULES, combined
     yield operator.format("multi-node-rules"), prometheus_rule("sluice-multi-node", NODE_RULES, combined)
     yield operator.format("prometheus-operator"), prometheus_rule("sluice", RULES, (ROOT / RULES).read_text())
+    fleet = (ROOT / FLEET_RULES).read_text()
+    path = operator.format("prometheus-operator").replace("prometheusrule", "prometheusrule-fleet")
+    yield path, prometheus_rule("sluice-fleet", FLEET_RULES, fleet)
     names = sorted(path.stem for path in (ROOT / DASHBOARDS).glob("*.json"))
     yield "grafana/kustomization.yaml", dashboards(names)
 

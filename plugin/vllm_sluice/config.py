@@ -92,7 +92,7 @@ class ResidualProbe(_Strict):
     enabled: Annotated[bool, Field(json_schema_extra=RUNTIME)] = True
     """Whether the installed probe looks at tokens."""
     layers: Annotated[Literal["all"] | list[Annotated[int, Field(ge=0)]], Field(json_schema_extra=RUNTIME)] = "all"
-    """Decoder layers that are reported; those that the model does not have are passed over."""
+    """Decoder layers whose statistics are reported, counters aside; those that the model lacks are passed over."""
     sample_rows: Annotated[int, Field(ge=1, le=1024)] = 16
     """Tokens a forward pass whose hidden state enters the median's histogram; all other statistics see every token."""
     interval_seconds: Annotated[float, Field(ge=0, le=60, json_schema_extra=RUNTIME)] = 0.25
@@ -113,7 +113,7 @@ class AttentionProbe(_Strict):
     enabled: Annotated[bool, Field(json_schema_extra=RUNTIME)] = True
     """Whether the installed probe samples queries."""
     layers: Annotated[Literal["all"] | list[Annotated[int, Field(ge=0)]], Field(json_schema_extra=RUNTIME)] = "all"
-    """Decoder layers that are reported; those that the model does not have are passed over."""
+    """Decoder layers whose statistics are reported, counters aside; those that the model lacks are passed over."""
     queries: Annotated[int, Field(ge=1, le=256)] = 8
     """Queries sampled in a forward pass that is looked at."""
     interval_seconds: Annotated[float, Field(ge=0, le=60, json_schema_extra=RUNTIME)] = 0.25
@@ -132,7 +132,7 @@ class GateProbe(_Strict):
     enabled: Annotated[bool, Field(json_schema_extra=RUNTIME)] = True
     """Whether the installed probe looks at tokens."""
     layers: Annotated[Literal["all"] | list[Annotated[int, Field(ge=0)]], Field(json_schema_extra=RUNTIME)] = "all"
-    """Decoder layers that are reported; those that the model does not have are passed over."""
+    """Decoder layers whose statistics are reported, counters aside; those that the model lacks are passed over."""
     closed_below: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """A gate below this counts as closed."""
 
@@ -148,7 +148,7 @@ class QuantizationProbe(_Strict):
     enabled: Annotated[bool, Field(json_schema_extra=RUNTIME)] = True
     """Whether the installed probe looks at tokens."""
     layers: Annotated[Literal["all"] | list[Annotated[int, Field(ge=0)]], Field(json_schema_extra=RUNTIME)] = "all"
-    """Decoder layers that are reported; those that the model does not have are passed over."""
+    """Decoder layers whose statistics are reported, counters aside; those that the model lacks are passed over."""
     sites: tuple[Site, ...] = ("hidden", "attention_input", "mlp_input")
     """What to look at: the hidden state after the layer, the input of the q, k and v projections, that of the MLP."""
     sample_rows: Annotated[int, Field(ge=1, le=1024)] = 16

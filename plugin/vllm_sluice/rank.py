@@ -67,6 +67,7 @@ class Rank:
         self._publishing = threading.Lock()
         self._telemetry = config.telemetry
         self._dtype_max = torch.finfo(load.dtype).max
+        self._started = time.time()
         self._forward_seconds = 0.0
         seen = {layer for probe in self._probes for layer in probe.layers}
         self._baseline = BaselineInForce(config.telemetry.baseline, info.model_name, seen, load.layers)
@@ -249,8 +250,8 @@ class Rank:
         for kind in PROBE_KINDS:
             for name in ("enabled", "errors_total", "seconds_total"):
                 named.append(Series(f"sluice_probe_{name}", (("probe", kind),)))
-        for name in ("forward_seconds_total", "serving_dtype_max", "telemetry_interval_seconds",
-                     "telemetry_window_seconds"):  # fmt: skip
+        for name in ("start_timestamp_seconds", "forward_seconds_total", "serving_dtype_max",
+                     "telemetry_interval_seconds", "telemetry_window_seconds"):  # fmt: skip
             named.append(Series(f"sluice_{name}"))
         return named
 
@@ -263,7 +264,7 @@ class Rank:
         enabled = {probe.kind: float(probe.enabled) for probe in self._probes}
         for kind in PROBE_KINDS:
             values += [enabled.get(kind, np.nan), self._errors[kind], self._seconds[kind]]
-        values += [self._forward_seconds, self._dtype_max]
+        values += [self._started, self._forward_seconds, self._dtype_max]
         values += [self._telemetry.interval_seconds, self._telemetry.window_seconds]
         return np.array(values, dtype=np.float64)
 

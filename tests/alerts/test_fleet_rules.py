@@ -17,7 +17,7 @@ TESTS = DEPLOY / "tests" / "fleet.yml"
 _LABELS = {"vllm_version"}
 CHANGES = (("max by (job, instance", "min by (job, instance"), ("avg by", "max by"), ("(0.5,", "(0.9,"),
            ("rate(", "delta("), ("> bool 0", ">= bool 0"),
-           ("count by (job, model_name, version", "count by (job, model_name"),
+           ("engine, version, vllm_version)", "engine, version, vllm_version, fingerprint)"),
            ("max by (job, model_name)", "min by (job, model_name)"))  # fmt: skip
 
 

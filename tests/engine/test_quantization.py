@@ -202,7 +202,7 @@ def test_values_beyond_the_baseline_are_counted_and_cost_signal(make_engine, twi
 
 def test_a_bad_baseline_costs_only_the_comparison(make_engine, twin_gated, prompts, recorded, tmp_path):
     tree: Any = json.loads(recorded.read_text())
-    del tree["sections"]["gate=1"]["layers"]["005"]
+    tree["model"] = "another"
     path = tmp_path / "baseline.json"
     path.write_text(json.dumps(tree))
     engine = make_engine(twin_gated, {**EVERY_ROW, "SLUICE_TELEMETRY__BASELINE": str(path)})

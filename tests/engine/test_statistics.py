@@ -97,8 +97,7 @@ def test_only_the_chosen_layers_are_reported(make_engine, twin_gated, prompts):
         metrics = engine.metrics()
         for name in ("activation_abs_max", "attention_sink_mass", "gate_mean"):
             assert [key[1] for key in metrics if key[0] == name] == ["001", "004"]
-        counters = ("nonfinite_total", "massive_activations_total")
-        assert {key[1] for key in metrics if key[0] in counters} == {"001", "004"}
+        assert len([key for key in metrics if key[0] == "nonfinite_total"]) == 6  # counters go on
     finally:
         engine.rpc("apply", {"probes": {kind: {"layers": "all"} for kind in kinds}})
     assert len([key for key in engine.metrics() if key[0] == "activation_abs_max"]) == 6

@@ -27,6 +27,7 @@ ALERTS = frozenset(
         "NonFiniteValues", "ServingRangeSaturated", "QuantizationRangeExceeded", "MassiveActivationsNew",
         "SinkRateShifted", "ActivationDrift", "PatchNotApplied", "RanksDisagree", "EnginePaused", "SnapshotStale",
         "ProbeErrors", "ProbeCostHigh", "ConfigFileBroken", "RestartNeeded",
+        "BaselineUnusable",
     }
 )  # fmt: skip
 RUNBOOK = re.compile(

@@ -135,7 +135,7 @@ NOT_EXPORTED_THEN = {
     },
     "sluice-monitor": {
         "Probe cost, A", "Snapshot interval, A", "Cost of all probes, A", "Configuration file, A",
-        "Configuration file over time, A",
+        "Configuration file over time, A", "Baseline file, A", "Probes off, A",
     },
     "sluice-fleet": {"Probe cost, A"},
 }  # fmt: skip

@@ -20,7 +20,7 @@ from fastapi import FastAPI, Request, Response
 from vllm_sluice.config import Live
 from vllm_sluice.live.history import History
 from vllm_sluice.live.routes import build_router
-from vllm_sluice.telemetry.catalogue import BY_NAME, Metric, layer_label
+from vllm_sluice.telemetry.catalogue import layer_label
 from vllm_sluice.telemetry.collector import SnapshotCollector
 from vllm_sluice.telemetry.snapshot import RankInfo, Series, SnapshotWriter
 
@@ -172,25 +172,6 @@ def _quantization(label: dict[str, str], peak: float) -> dict[Series, float]:
         found[series("quantization_elements_total", **label, site=site)] = 1e6
         found[series("quantization_clipped_total", **label, site=site)] = 20.0
     return found
-
-
-def awaited_metrics() -> dict[str, Metric]:
-    """Return catalogue rows for the metrics that the page knows and another part of Sluice may add."""
-    layer, common = ("layer",), ("site", "format", "scale")
-    names: dict[str, tuple[str, tuple[str, ...], str]] = {
-        "baseline_activation_abs_max": ("gauge", layer, "max"),
-        "baseline_activation_max_to_median_ratio": ("gauge", layer, "max"),
-        "baseline_attention_sink_mass": ("gauge", layer, "max"),
-        "quantization_headroom_ratio": ("gauge", (*layer, *common), "min"),
-        "quantization_snr_decibels": ("gauge", (*layer, *common), "min"),
-        "quantization_clipped_total": ("counter", (*layer, "site"), "max"),
-        "quantization_elements_total": ("counter", (*layer, "site"), "max"),
-    }
-    return {
-        f"sluice_{name}": Metric(f"sluice_{name}", kind, "", "1", labels, combine, False, "awaited")  # type: ignore[arg-type]
-        for name, (kind, labels, combine) in names.items()
-        if f"sluice_{name}" not in BY_NAME
-    }
 
 
 def record(

@@ -340,6 +340,7 @@ def _monitor(engine: Engine) -> Made:
         yield "sluice_probe_enabled", {"probe": probe}, lambda _: 1.0
         yield "sluice_probe_errors_total", {"probe": probe}, errors if probe == "attention" else lambda _: 0.0
         yield "sluice_probe_seconds_total", {"probe": probe}, spent(share)
+    yield "sluice_start_timestamp_seconds", {}, lambda _: 1_000.0
     yield "sluice_forward_seconds_total", {}, lambda m: 24 * m
     yield "sluice_serving_dtype_max", {}, lambda _: engine.dtype_max
     yield "sluice_telemetry_interval_seconds", {}, lambda _: 1.0

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.live.site import canvas, choose, opened, text
-from tests.live.synthetic import Model, awaited_metrics, info, series, write
-from vllm_sluice.telemetry.catalogue import BY_NAME
+from tests.live.synthetic import Model, info, series, write
 
 # Contrast of every visible text with what is behind it: the nearest opaque background, or the bar of a table's cell.
 # Returns the texts below 4.5 : 1 (WCAG 2.2, 1.4.3).
@@ -53,10 +52,8 @@ NAMELESS = """(() => {
 
 
 @pytest.fixture
-def rich(browser, serve, monkeypatch):
+def rich(browser, serve):
     """Open the page with all that it can show, in good state or bad."""
-    for name, metric in awaited_metrics().items():
-        monkeypatch.setitem(BY_NAME, name, metric)
 
     def start(width: int = 1440, dark: bool = False, wrong: bool = False, fragment: str = ""):
         models = [

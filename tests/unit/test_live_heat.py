@@ -26,9 +26,8 @@ from tests.live.site import (
     texts,
     timescale,
 )
-from tests.live.synthetic import Model, awaited_metrics, info, series, write
+from tests.live.synthetic import Model, info, series, write
 from vllm_sluice.config import Live
-from vllm_sluice.telemetry.catalogue import BY_NAME
 
 VIRIDIS = [(68, 1, 84), (65, 68, 135), (42, 120, 142), (34, 168, 132), (122, 209, 81), (253, 231, 37)]
 MARKED = [224, 33, 138, 255]
@@ -124,9 +123,7 @@ def test_what_is_not_measured_is_told_from_no_traffic(browser, serve):
     assert page.errors == []
 
 
-def test_clipped_and_infinite_values_are_marked(browser, serve, monkeypatch):
-    for name, metric in awaited_metrics().items():
-        monkeypatch.setitem(BY_NAME, name, metric)
+def test_clipped_and_infinite_values_are_marked(browser, serve):
     model = Model(layers=12, switch_steps=(60,), quantization=True)
     page = still(opened(browser, serve([model]).url))
     headroom = [[448.0 / v for v in of(model, "activation_abs_max", step)] for step in range(STEPS)]
@@ -314,9 +311,7 @@ def test_the_values_are_there_as_tables(browser, serve):
     assert page.errors == []
 
 
-def test_the_tip_names_the_baseline(browser, serve, monkeypatch):
-    for name, metric in awaited_metrics().items():
-        monkeypatch.setitem(BY_NAME, name, metric)
+def test_the_tip_names_the_baseline(browser, serve):
     page = opened(browser, serve([Model(layers=3, baseline=True)], 20).url)
     focus(page, canvas(SINK))
     page.press("ArrowDown")

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.live.synthetic import Model, awaited_metrics, info, series, write
+from tests.live.synthetic import Model, info, series, write
 from vllm_sluice.config import Live
 from vllm_sluice.live import encode, point
 from vllm_sluice.live.column import OLDER_POINTS, RECENT_POINTS, Column, Resolution
@@ -360,8 +360,6 @@ def test_by_how_much_counters_rose(history, clock, tmp_path):
 
 
 def test_quantization_is_kept_where_it_is_measured(history, clock, tmp_path, monkeypatch):
-    for name, metric in awaited_metrics().items():
-        monkeypatch.setitem(BY_NAME, name, metric)
     model = Model(layers=2, quantization=True, baseline=True)
     model.write(tmp_path, 1)
     record(history, clock)

@@ -20,18 +20,11 @@ from tests.live.site import (
     texts,
     tiles,
 )
-from tests.live.synthetic import FORMATS, SITES, Model, awaited_metrics, info, series, write
+from tests.live.synthetic import FORMATS, SITES, Model, info, series, write
 from vllm_sluice.config import Live
-from vllm_sluice.telemetry.catalogue import BY_NAME, layer_label
+from vllm_sluice.telemetry.catalogue import layer_label
 
 VIEWS = [(1440, False), (1440, True), (360, False), (360, True)]
-
-
-@pytest.fixture
-def awaited(monkeypatch):
-    """Let the collector know the metrics of quantization and of the baseline."""
-    for name, metric in awaited_metrics().items():
-        monkeypatch.setitem(BY_NAME, name, metric)
 
 
 @pytest.mark.parametrize(("width", "dark"), VIEWS)
@@ -261,7 +254,7 @@ def test_without_massive_activations_the_tokens_are_named(browser, serve):
     page.wait_for("document.getElementById('positionEmpty').innerText.includes('not installed')")
 
 
-def test_quantization_and_the_baseline_appear_where_they_are_measured(browser, serve, awaited):
+def test_quantization_and_the_baseline_appear_where_they_are_measured(browser, serve):
     model = Model(layers=6, switch_steps=(60,), quantization=True, baseline=True)
     page = opened(browser, serve([model]).url)
     written = model.values(STEPS - 1)

@@ -35,7 +35,7 @@ def build() -> dict[str, Any]:
 def _tiles() -> list[Panel]:
     return [
         stat("Engines reporting", "Engines that report, by `sluice_info`.", "As many as you run.",
-             series(f"count({of('sluice_info')})", "engines"), "none", decimals=0, width=4),
+             series(f"count(max by ({ENGINE}) ({of('sluice_info')}))", "engines"), "none", decimals=0, width=4),
         stat("With non-finite values", "Engines whose hidden state had NaN or infinity in the time range.",
              "0.",
              series(f"sum((sum by ({ENGINE}) ({increase(of('sluice_nonfinite_total'))})) > bool 0)", "engines"),
@@ -97,26 +97,28 @@ def _worst_cost() -> Panel:
 
 
 def _models() -> Panel:
-    def by_model(function: str, metric: str) -> dict[str, Any]:
-        return rows(f"{function} by (model_name) ({of(metric)})")
+    def by_model(function: str, expression: str) -> dict[str, Any]:
+        return rows(f"{function} by (model_name) ({expression})")
 
     return table(
         "By model", "One row a served model, over its engines.", "What you expect of the model.",
         [
-            column("engines", by_model("count", "sluice_info"), "none", decimals=0),
-            column("largest activation", by_model("max", "sluice_activation_abs_max"), "short", decimals=1),
-            column("max/median", by_model("max", "sluice_activation_max_to_median_ratio"), "none",
+            column("engines", by_model("count", f"max by ({ENGINE}) ({of('sluice_info')})"), "none", decimals=0),
+            column("largest activation", by_model("max", of("sluice_activation_abs_max")), "short", decimals=1),
+            column("max/median", by_model("max", of("sluice_activation_max_to_median_ratio")), "none",
                    decimals=0),
-            column("sink mass", by_model("avg", "sluice_attention_sink_mass"), "percentunit", decimals=1),
+            column("sink mass", by_model("avg", of("sluice_attention_sink_mass")), "percentunit", decimals=1),
         ],
         labels={"model_name": "model"}, size=(10, 7),
     )  # fmt: skip
 
 
 def _versions() -> Panel:
+    # The stages of a pipeline have a sluice_info each.
+    each = f"max by ({ENGINE}, version, vllm_version) ({of('sluice_info')})"
     return table(
         "By version", "Engines by version of Sluice and of vLLM.", "One row, apart from a roll-out.",
-        [column("engines", rows(f"count by (version, vllm_version) ({of('sluice_info')})"), "none", decimals=0)],
+        [column("engines", rows(f"count by (version, vllm_version) ({each})"), "none", decimals=0)],
         labels={"version": "Sluice", "vllm_version": "vLLM"}, size=(7, 7), sort="-engines",
     )  # fmt: skip
 

@@ -29,20 +29,27 @@ def build() -> dict[str, Any]:
 
 def _tiles() -> list[Panel]:
     return [
-        shared.snapshot_age(4),
+        shared.snapshot_age(3),
         stat("Probe errors", "Errors inside probes in the time range; the server goes on without the probe.", "0.",
              series(f"sum({increase(of('sluice_probe_errors_total'))})", "errors"), "short",
-             colours=steps(orange=1e-9), alert="SluiceProbeErrors", decimals=0, width=4),
-        shared.probe_cost(4),
+             colours=steps(orange=1e-9), alert="SluiceProbeErrors", decimals=0, width=3),
+        shared.probe_cost(3),
         stat("Configuration file", "Whether the configuration file of every engine can be used.", "good.",
              series(f"min({of('sluice_config_file_good')})", "file"), "none", texts=_FILE, need=needs.CONFIG_FILE,
-             alert="SluiceConfigFileBroken", width=4),
+             alert="SluiceConfigFileBroken", width=3),
+        stat("Baseline file", "Whether the calibration file of every engine that names one can be used. If not, no "
+             "alert for drift, sinks or the quantization range can fire.", "good.",
+             series(f"min({of('sluice_baseline_good')})", "file"), "none", texts=_FILE, need=needs.BASELINE_FILE,
+             alert="SluiceBaselineUnusable", width=3),
+        stat("Probes off", "Installed probes that look at nothing: switched off, or off after ten errors.",
+             "0, unless somebody switched one off.",
+             series(f"sum({of('sluice_probe_enabled')} == bool 0)", "probes"), "none", decimals=0, width=3),
         stat("Series a scrape", "Series that Sluice exports, over the selected engines.",
              "A few hundred an engine; 12 a layer by default.",
-             series(f"sum({of('sluice_exported_series')})", "series"), "none", decimals=0, width=4),
+             series(f"sum({of('sluice_exported_series')})", "series"), "none", decimals=0, width=3),
         stat("Snapshot interval", "Time between two snapshots, as configured (`telemetry.interval_seconds`).",
              "At most half the scrape interval.",
-             series(f"max({of('sluice_telemetry_interval_seconds')})", "interval"), "s", width=4),
+             series(f"max({of('sluice_telemetry_interval_seconds')})", "interval"), "s", width=3),
     ]  # fmt: skip
 
 

@@ -33,6 +33,7 @@ STATIC = Need(
     "Needs the `quantization` probe and a baseline, whose scales are meant.",
     "no data: needs the quantization probe and a baseline",
 )
+BASELINE_FILE = Need("Needs `telemetry.baseline`.", "no baseline file is named")
 CONFIG_FILE = Need("Needs a configuration file.", "no configuration file")
 SWITCHED = Need("Needs a switch in the time range.", "no data: no patch was switched in this time range")
 FULL_GATE = Need(

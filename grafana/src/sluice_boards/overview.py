@@ -49,7 +49,7 @@ def _tiles() -> list[Panel]:
              "short", colours=steps(orange=1e-9), alert="SluiceProbeErrors", decimals=0),
         shared.probe_cost(),
         stat("Engines", "Engines that report, by `sluice_info`.", "As many as you run.",
-             series(f"count({of('sluice_info')})", "engines"), "none", decimals=0),
+             series(f"count(max by ({ENGINE}) ({of('sluice_info')}))", "engines"), "none", decimals=0),
     ]  # fmt: skip
 
 

@@ -168,7 +168,7 @@ def _configure(scratch: Path, sluice_config: str | None) -> None:
         "enabled": True, "telemetry.baseline": None, "telemetry.interval_seconds": 60.0,
         "telemetry.window_seconds": 3600.0, "control.per_request": False,
         **{f"probes.{probe}.{key}": value for probe in probes for key, value in
-           (("install", True), ("enabled", True), ("interval_seconds", 0.0))},
+           (("install", True), ("enabled", True), ("layers", "all"), ("interval_seconds", 0.0))},
     }  # fmt: skip
     settings = config.with_values(config.load(sluice_config), wanted, "sluice baseline record").config
     file = scratch / "sluice.yaml"

@@ -83,7 +83,10 @@ class Probe(ABC):
         return {}
 
     def looks_at(self, layer: int) -> bool:
-        """Tell whether a decoder layer is among those that are reported."""
+        """Tell whether a decoder layer is among those whose statistics of the window are reported.
+
+        Counters go on in any case: one that comes back after a while would look like a sudden rise.
+        """
         return self.runtime["layers"] == "all" or layer in self.runtime["layers"]
 
     def set(self, values: Mapping[str, Any]) -> None:

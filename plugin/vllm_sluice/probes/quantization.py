@@ -190,6 +190,6 @@ class InstalledQuantization(Probe):
             snr[:, [scale == "static" for _, scale in PAIRS]] += 0 * static[:, None]  # NaN where there is no range now
         counts = np.zeros((places, 2)) if total is None else total["counts"].astype(np.float64)
         counts[:, 1] += 0 * static  # not compared with anything is not the same as none clipped
-        out = np.column_stack([headroom, snr, counts])
-        out[[not self.looks_at(place.layer) for place in self._places]] = np.nan
-        return out.reshape(-1)
+        hidden = [not self.looks_at(place.layer) for place in self._places]
+        headroom[hidden], snr[hidden] = np.nan, np.nan
+        return np.column_stack([headroom, snr, counts]).reshape(-1)

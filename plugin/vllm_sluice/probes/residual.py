@@ -215,11 +215,11 @@ class InstalledResidual(Probe):
             with np.errstate(divide="ignore", invalid="ignore"):
                 out[:, : len(_PER_LAYER) + 2 * TOP] = self._window_values(window)
             out[window["counts"][:, 2] == 0] = np.nan  # nothing seen, or nothing finite
+        out[[not self.looks_at(layer) for layer in self.layers]] = np.nan
         counts = np.zeros((layers, 6)) if total is None else total["counts"]
         out[:, -4] = counts[:, 1]
         if self._steered:  # until the thresholds are known nothing is counted, which is not the same as none
             out[:, -3:] = counts[:, 3:6]
-        out[[not self.looks_at(layer) for layer in self.layers]] = np.nan
         tokens = np.zeros(3) if total is None else total["tokens"]
         return np.concatenate([out.reshape(-1), tokens])
 

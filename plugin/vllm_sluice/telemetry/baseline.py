@@ -155,15 +155,13 @@ def read(path: Path) -> Baseline:
         raise BaselineError(f"the baseline {path} cannot be used:\n{_explain(error)}") from None
 
 
-def check_model(baseline: Baseline, model: str, layers: Iterable[int], count: int) -> None:
+def check_model(baseline: Baseline, model: str, count: int) -> None:
     """Compare a baseline with the model that is served.
 
     Parameters
     ----------
     model
         Its name; only what follows the last slash is compared, because folders differ between machines.
-    layers
-        Decoder layers that the probes of this rank see.
     count
         Decoder layers of the whole model; 0 if that is not known.
 
@@ -176,8 +174,6 @@ def check_model(baseline: Baseline, model: str, layers: Iterable[int], count: in
         raise BaselineError(f"it was recorded from the model {baseline.model}, and {model} is served")
     for state, section in baseline.sections.items():
         recorded = {int(label) for label in section.layers}
-        if missing := sorted(set(layers) - recorded):
-            raise BaselineError(f"its section {state} has no layer {missing[0]}, which the model has")
         if count and max(recorded) >= count:
             raise BaselineError(f"its section {state} has a layer {max(recorded)}, and the model has {count} layers")
 
@@ -206,8 +202,10 @@ class BaselineInForce:
     ----------
     path
         Setting `telemetry.baseline`; None: nothing is exported.
-    model, layers, count
+    model, count
         See `check_model`.
+    layers
+        Decoder layers that the probes of this rank see; those that were not recorded are compared with nothing.
     """
 
     def __init__(self, path: str | None, model: str, layers: Iterable[int], count: int) -> None:
@@ -219,8 +217,12 @@ class BaselineInForce:
             return
         try:
             found = read(Path(path))
-            check_model(found, model, layers, count)
+            check_model(found, model, count)
             self._baseline = found
+            for state, section in found.sections.items():
+                if missing := sorted(set(layers) - {int(label) for label in section.layers}):
+                    names = ", ".join(map(str, missing))
+                    logger.warning("sluice: the section %s of the baseline lacks the layers %s", state, names)
         except BaselineError as error:
             logger.error("sluice: no baseline, the server goes on: %s: %s", path, error)
 
@@ -287,7 +289,7 @@ class Recorder:
         scrape = list(samples)
         dtype_max = max((value for metric, _, value in scrape if metric == "sluice_serving_dtype_max"), default=None)
         for metric, labels, value in scrape:
-            if "layer" not in labels or not value > 0:
+            if "layer" not in labels:
                 continue
             name = metric.removeprefix("sluice_")
             seen = self._layers.setdefault(labels["layer"], _Seen()) if name in _WANTED else None
@@ -295,11 +297,14 @@ class Recorder:
                 continue
             if name == "attention_sink_mass":
                 seen.sinks.append(min(value, 1.0))
+            elif not value > 0:  # nothing but zeros was seen: no range follows from that
+                continue
             elif name != "quantization_headroom_ratio":
                 seen.largest[name] = max(value, seen.largest.get(name, 0.0))
             elif labels["format"] == "serving" and dtype_max is not None:
                 site = cast(Site, labels["site"])
-                seen.sites[site] = max(dtype_max / value, seen.sites.get(site, 0.0))
+                # The peak is a float32; two divisions in float64 may miss it by a hair, and it would seem to clip.
+                seen.sites[site] = max(float(np.float32(dtype_max / value)), seen.sites.get(site, 0.0))
 
     @property
     def empty(self) -> bool:

@@ -155,6 +155,8 @@ CATALOGUE: tuple[Metric, ...] = (
              "1", ("probe",), "sum", "monitor"),
     _counter("probe_seconds", "Time that the probe's work outside the compiled graph took in the worker.",
              "seconds", ("probe",), "sum", "monitor"),
+    _gauge("start_timestamp_seconds", "When the rank began to count; of several ranks the youngest.",
+           "seconds", (), "max", "monitor"),
     _counter("forward_seconds", "Time of real forward passes as the worker's host sees it, work around them left out.",
              "seconds", (), "sum", "monitor"),
     _gauge("telemetry_interval_seconds", "Time between two snapshots of a rank.", "seconds", (), "max", "monitor"),
