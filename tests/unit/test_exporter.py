@@ -52,7 +52,7 @@ def exporter(*arguments: str, user: int | None = None, environ: dict[str, str] |
     )
     try:
         said = process.stderr.readline()
-        found = re.search(r"http://127\.0\.0\.1:\d+", said)
+        found = re.search(r"http://(127\.0\.0\.1|\[::1\]):\d+", said)
         assert found, said + process.stderr.read()
         yield found[0]
         process.send_signal(signal.SIGTERM)
@@ -180,6 +180,21 @@ def test_the_only_run_folder_is_found(tmp_path, monkeypatch, capsys):
     for folder in (mine, tmp_path / f"sluice-{os.getuid()}-{ended_process()}-77", tmp_path / "sluice-notes"):
         folder.mkdir()
     assert rundir.of_running_servers() == [mine]
+
+
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6 loopback")
+def test_it_listens_on_ipv6_too(tmp_path):
+    with exporter("--run-dir", str(tmp_path), "--host", "::1") as url:
+        assert url.startswith("http://[::1]:")
+        assert get(f"{url}/health")[0] == 200
 
 
 def test_a_taken_port_and_bad_arguments_are_told(tmp_path, capsys):

@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -53,6 +54,10 @@ class Server(ThreadingTCPServer):
     allow_reuse_address = True
     daemon_threads = True
 
+    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        super().__init__(address, handler)
+
 
 Route = Callable[[str], Answer]
 """Makes the answer for the value of the `Accept` header."""
@@ -71,7 +76,7 @@ def add_command(subparsers: Subparsers) -> None:
         help="folder with the snapshots (default: SLUICE_RUN_DIR, else the only one of a running server here)",
     )  # fmt: skip
     parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="TCP port (default: %(default)s)")
-    parser.add_argument("--host", default="127.0.0.1", help="interface, 0.0.0.0 for all (default: %(default)s)")
+    parser.add_argument("--host", default="127.0.0.1", help="interface, 0.0.0.0 or :: for all (default: %(default)s)")
     parser.add_argument(
         "--gone-after", type=_seconds, metavar="SECONDS",
         help="take a rank as gone when it has not written for so long, instead of looking for its process; for a "
@@ -194,7 +199,8 @@ def _run(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with _bound(args.host, args.port, routes(folder, collector)) as listening:
         host, port = listening.server_address[:2]
-        print(f"sluice: metrics of {folder} at http://{host!s}:{port}/metrics", file=sys.stderr, flush=True)
+        where = f"[{host!s}]" if listening.address_family == socket.AF_INET6 else host
+        print(f"sluice: metrics of {folder} at http://{where!s}:{port}/metrics", file=sys.stderr, flush=True)
         if problem := unreadable(folder):
             print(f"sluice: {problem}", file=sys.stderr, flush=True)
         listening.serve_forever()
