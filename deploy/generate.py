@@ -18,6 +18,7 @@ MADE = "# Made by deploy/generate.py from {source}; do not edit.\n"
 RULES = "deploy/prometheus/rules/sluice.rules.yml"
 FLEET_RULES = "deploy/prometheus/rules/sluice-fleet.rules.yml"
 NODE_RULES = "deploy/prometheus/multi-node/multi-node.rules.yml"
+NODE_ALERTS = "deploy/prometheus/multi-node/multi-node-alerts.rules.yml"
 DASHBOARDS = "grafana/dashboards"
 CATALOGUE = "plugin/vllm_sluice/telemetry/catalogue.py"
 
@@ -83,6 +84,9 @@ def made() -> Iterator[tuple[str, str]]:
     combined = node_rules()
     yield NODE_RULES, combined
     yield operator.format("multi-node-rules"), prometheus_rule("sluice-multi-node", NODE_RULES, combined)
+    alerts = (ROOT / NODE_ALERTS).read_text()
+    path = operator.format("multi-node-rules").replace("prometheusrule", "prometheusrule-alerts")
+    yield path, prometheus_rule("sluice-multi-node-alerts", NODE_ALERTS, alerts)
     yield operator.format("prometheus-operator"), prometheus_rule("sluice", RULES, (ROOT / RULES).read_text())
     fleet = (ROOT / FLEET_RULES).read_text()
     path = operator.format("prometheus-operator").replace("prometheusrule", "prometheusrule-fleet")

@@ -12,6 +12,7 @@ from tests.deploy.tools import DEPLOY, ROOT, RULES, need_sources, output, run, t
 from vllm_sluice.telemetry.catalogue import BY_NAME
 
 NODE_RULES = DEPLOY / "prometheus/multi-node/multi-node.rules.yml"
+NODE_ALERTS = NODE_RULES.with_name("multi-node-alerts.rules.yml")
 
 
 def yamllint(*paths):
@@ -120,6 +121,38 @@ def test_rules_for_several_machines_combine_as_the_catalogue_says(tmp_path):
     tests[0]["exp_samples"][0]["value"] = 11
     file.write_text(yaml.safe_dump({"rule_files": [str(NODE_RULES)], "evaluation_interval": "1m", "tests": [unit]}))
     assert run(tool("promtool"), "test", "rules", file).returncode == 1
+
+
+def test_alerts_for_several_machines(tmp_path):
+    tests = NODE_ALERTS.with_name("multi-node-alerts.test.yml")
+    output(tool("promtool"), "test", "rules", tests)
+    for old, new in (("up == 1", "up >= 0"), (" unless on (job, instance) vllm:", " and on (job, instance) vllm:"),
+                     ("unless on (job, instance)\n", "and on (job, instance)\n"), ("[2m])) > 0", "[2m])) >= 0"),
+                     ("for: 2m", "for: 9m"), ("for: 1m", "for: 9m")):  # fmt: skip
+        text = NODE_ALERTS.read_text()
+        assert old in text
+        (tmp_path / NODE_ALERTS.name).write_text(text.replace(old, new))
+        shutil.copy(tests, tmp_path)
+        assert run(tool("promtool"), "test", "rules", tmp_path / tests.name).returncode == 1, f"{old} -> {new}"
+
+
+def test_alerts_for_several_machines_lead_where_those_for_one_lead():
+    """They bear the names of alerts for one target, so board, panel, runbook and severity are the same."""
+    one_target, several = (
+        {rule["alert"]: rule for group in yaml.safe_load(path.read_text())["groups"] for rule in group["rules"]
+         if "alert" in rule}
+        for path in (RULES, NODE_ALERTS)
+    )  # fmt: skip
+    assert several
+    for name, rule in several.items():
+        other = one_target[name]
+        assert rule["labels"] == other["labels"]
+        assert rule["annotations"]["runbook_url"] == other["annotations"]["runbook_url"]
+        ends = [
+            (url.partition("?")[0], url.rpartition("&")[2])
+            for url in (rule["annotations"]["dashboard_url"], other["annotations"]["dashboard_url"])
+        ]
+        assert ends[0] == ends[1]
 
 
 def test_the_tools_script_says_where_it_puts_things(tmp_path):

@@ -13,7 +13,7 @@ import urllib.request
 import yaml
 
 from tests.conftest import need_program
-from tests.deploy.test_files import NODE_RULES
+from tests.deploy.test_files import NODE_ALERTS, NODE_RULES
 from tests.live import synthetic
 from tests.unit.test_exporter import exporter
 
@@ -31,7 +31,7 @@ def prometheus(folder, targets):
     port = free_port()
     settings = {
         "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
-        "rule_files": [str(NODE_RULES)],
+        "rule_files": [str(NODE_RULES), str(NODE_ALERTS)],
         "scrape_configs": [
             {"job_name": "vllm", "static_configs": [{"targets": targets, "labels": {"server": "two-nodes"}}]}
         ],
@@ -89,3 +89,5 @@ def test_the_parts_of_two_machines_become_one_server(tmp_path):
         assert query("server_engine:sluice_activation_abs_max:max")[LAYER] == max(of("activation_abs_max"))
         mean = sum(of("attention_sink_mass")) / 2
         assert abs(query("server_engine:sluice_attention_sink_mass:avg")[LAYER] - mean) < 1e-9
+        for name in ("info", "snapshot_age_seconds", "telemetry_interval_seconds", "patch_enabled"):  # for the alerts
+            assert query(f"count(count by (instance) (sluice_{name}))") == {"": 2}, name
