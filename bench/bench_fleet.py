@@ -3,7 +3,11 @@
 Every engine is a target of its own with the series that Sluice exports at `telemetry.detail: standard`, their values
 moving at every scrape. The engines are simulated; Prometheus, its rules and its measurements are real.
 
-    python bench/bench_fleet.py [--engines 200] [--layers 80] [--minutes 10] [--interval 15] [--without-rules]
+The rules that compare with hours ago would find nothing in a run of minutes, so their offsets are shortened (see
+`SHORTENED`): they match as many series as in steady state, though from the head and not from blocks on the disk.
+
+    python bench/bench_fleet.py [--engines 200] [--layers 80] [--minutes 10] [--interval 15] [--baseline]
+                                [--without-rules]
 """
 
 from __future__ import annotations
@@ -35,8 +39,10 @@ VALUES = {
     "probe": ("residual", "attention", "gate"), "result": ("applied", "failed"), "kind": ("desired", "applied"),
     "version": ("0.1.0",), "vllm_version": ("0.32.0",), "fingerprint": ("0123456789abcdef",), "group": ("rest",),
 }  # fmt: skip
-ABSENT_BY_DEFAULT = ("sluice_guard_", "sluice_baseline_", "sluice_quantization_")
-"""What exists only in a guard's trial, with a baseline, or with the quantization probe."""
+ABSENT_BY_DEFAULT = ("sluice_guard_", "sluice_quantization_")
+"""What exists only in a guard's trial, or with the quantization probe."""
+SHORTENED = {"offset 6h": "offset 6m", "offset 15m": "offset 2m"}
+"""What is written for an offset of the rules."""
 
 
 def label_sets(metric: Metric, layers: int, ranks: int) -> Iterator[dict[str, str]]:
@@ -58,12 +64,13 @@ class Fleet(http.server.ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, layers: int, ranks: int) -> None:
+    def __init__(self, layers: int, ranks: int, baseline: bool) -> None:
+        absent = ABSENT_BY_DEFAULT if baseline else (*ABSENT_BY_DEFAULT, "sluice_baseline_")
         super().__init__(("127.0.0.1", 0), _Handler)
         self.lines: list[tuple[str, bool]] = []
         self.series = 0
         for metric in CATALOGUE:
-            if metric.name.startswith(ABSENT_BY_DEFAULT):
+            if metric.name.startswith(absent):
                 continue
             self.lines.append((f"# TYPE {metric.name} {metric.kind}\n", False))
             for labels in label_sets(metric, layers, ranks):
@@ -116,7 +123,7 @@ class Prometheus:
         config = {
             "global": {"scrape_interval": f"{interval}s", "scrape_timeout": f"{interval}s",
                        "evaluation_interval": "30s"},
-            "rule_files": [str(path) for path in rules],
+            "rule_files": [str(_with_short_offsets(path, folder)) for path in rules],
             "scrape_configs": [
                 {"job_name": "vllm", "static_configs": targets},
                 {"job_name": "self", "static_configs": [{"targets": [f"127.0.0.1:{self.port}"]}]},
@@ -185,6 +192,16 @@ def report(prometheus: Prometheus, fleet: Fleet) -> None:
         print(f"| {name} | {value} |")
 
 
+def _with_short_offsets(rules: Path, folder: Path) -> Path:
+    """Write a copy of a rule file whose offsets are `SHORTENED` and return its path."""
+    text = rules.read_text()
+    for offset, short in SHORTENED.items():
+        text = text.replace(offset, short)
+    copy = folder / rules.name
+    copy.write_text(text)
+    return copy
+
+
 def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
@@ -197,19 +214,22 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--interval", type=int, default=15)
+    parser.add_argument("--baseline", action="store_true", help="every layer has a baseline too")
     parser.add_argument("--without-rules", action="store_true")
     options = parser.parse_args()
     if shutil.which("prometheus") is None:
         sys.exit("prometheus is not on the PATH; on Debian: apt-get install prometheus")
-    fleet = Fleet(options.layers, options.ranks)
+    fleet = Fleet(options.layers, options.ranks, options.baseline)
     threading.Thread(target=fleet.serve_forever, daemon=True).start()
     with tempfile.TemporaryDirectory() as scratch:
         rules = [] if options.without_rules else RULES
         prometheus = Prometheus(Path(scratch), fleet, options.engines, options.interval, rules)
         try:
             time.sleep(60 * options.minutes)
-            print(f"{options.engines} engines of {options.layers} layers and {options.ranks} ranks, a scrape every "
-                  f"{options.interval} s, after {options.minutes:g} minutes, {os.cpu_count()} cores\n")  # fmt: skip
+            baseline = "with" if options.baseline else "without"
+            print(f"{options.engines} engines of {options.layers} layers and {options.ranks} ranks, {baseline} a "
+                  f"baseline, a scrape every {options.interval} s, after {options.minutes:g} minutes, "
+                  f"{os.cpu_count()} cores\n")  # fmt: skip
             report(prometheus, fleet)
         finally:
             prometheus.process.send_signal(signal.SIGTERM)
