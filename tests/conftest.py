@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ MODELS = ROOT / "models"
 
 for name in [n for n in os.environ if n.startswith("SLUICE_")]:
     del os.environ[name]  # settings of the caller's shell must not change a test
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores Ctrl-C for what it starts in the background
 
 
 def need_program(name: str, package: str) -> str:
