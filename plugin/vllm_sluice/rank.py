@@ -74,6 +74,7 @@ class Rank:
         self._windows = self._new_windows()
         self._passes_since_take = 0
         self._errors = dict.fromkeys(PROBE_KINDS, 0) | dict.fromkeys(self._unavailable, 1)
+        self._off_by_errors: set[str] = set()
         self._seconds = dict.fromkeys(PROBE_KINDS, 0.0)
         self._desired = self._applied = 0
         self._changed: dict[str, float] = {}
@@ -193,6 +194,7 @@ class Rank:
             compat.logger.exception("sluice: error in the %s probe; the server goes on", probe.kind)
         if self._errors[probe.kind] >= _ERRORS_BEFORE_OFF:
             probe.enabled = False
+            self._off_by_errors.add(probe.kind)
             compat.logger.error("sluice: the %s probe is off after %d errors", probe.kind, _ERRORS_BEFORE_OFF)
 
     # -------------------------------------------------------------------------------------------- the snapshot
@@ -248,7 +250,7 @@ class Rank:
         for kind in ("desired", "applied"):
             named.append(Series("sluice_generation", (("rank", self._info.rank), ("kind", kind))))
         for kind in PROBE_KINDS:
-            for name in ("enabled", "errors_total", "seconds_total"):
+            for name in ("enabled", "failed", "errors_total", "seconds_total"):
                 named.append(Series(f"sluice_probe_{name}", (("probe", kind),)))
         for name in ("start_timestamp_seconds", "forward_seconds_total", "serving_dtype_max",
                      "telemetry_interval_seconds", "telemetry_window_seconds"):  # fmt: skip
@@ -263,7 +265,8 @@ class Rank:
         values += [self._desired, self._applied]
         enabled = {probe.kind: float(probe.enabled) for probe in self._probes}
         for kind in PROBE_KINDS:
-            values += [enabled.get(kind, np.nan), self._errors[kind], self._seconds[kind]]
+            failed = float(kind in self._off_by_errors) if kind in enabled else np.nan
+            values += [enabled.get(kind, np.nan), failed, self._errors[kind], self._seconds[kind]]
         values += [self._started, self._forward_seconds, self._dtype_max]
         values += [self._telemetry.interval_seconds, self._telemetry.window_seconds]
         return np.array(values, dtype=np.float64)
@@ -311,6 +314,8 @@ class Rank:
         for part, values in before:
             if isinstance(part, InstalledPatch) and part.runtime != values:
                 self._changed[part.name] = time.time()
+            elif not isinstance(part, InstalledPatch):
+                self._off_by_errors.discard(part.kind)  # whoever sets a probe has decided anew
         self._compare()
         try:
             self.publish()

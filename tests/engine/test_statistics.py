@@ -220,6 +220,10 @@ def test_a_probe_that_fails_does_not_stop_the_server(make_engine, twin_gated, pr
     assert metrics["probe_errors_total", "attention"] == 10
     assert engine.rpc("state")["probes"]["attention"]["values"]["enabled"] is False
     assert metrics["tokens_observed_total", "prefill"] == len(prompts[0])
+    assert metrics["probe_failed", "attention"] == 1
+    assert metrics["probe_failed", "residual"] == 0
+    engine.rpc("apply", {"generation": 1, "probes": {"attention": {"enabled": False}}})
+    assert engine.metrics()["probe_failed", "attention"] == 0  # somebody decided that it is off
 
 
 def test_a_probe_that_fails_between_its_samples_does_not_stop_the_model(make_engine, twin_gated, prompts, monkeypatch):

@@ -295,6 +295,7 @@ def _patches(engine: Engine) -> Made:
         yield "sluice_patch_installed", gate, lambda _: 1.0
         yield "sluice_patch_enabled", gate, lambda m: float(gate_on(m))
         yield "sluice_patch_last_change_timestamp_seconds", gate, changed
+        yield "sluice_guard_running", gate, lambda m: 1.0 if TRIAL[0] <= m < TRIAL[1] else None
         for group, shift in (("canary", 0.03), ("rest", 0.0)):
             labels = {**gate, "group": group}
             for name, value in (
@@ -338,6 +339,7 @@ def _monitor(engine: Engine) -> Made:
     yield "sluice_start_tokens_observed_total", {}, lambda m: 30 * m
     for probe, share in (("residual", 0.008), ("attention", 0.014), ("gate", 0.001), ("quantization", 0.006)):
         yield "sluice_probe_enabled", {"probe": probe}, lambda _: 1.0
+        yield "sluice_probe_failed", {"probe": probe}, lambda _: 0.0
         yield "sluice_probe_errors_total", {"probe": probe}, errors if probe == "attention" else lambda _: 0.0
         yield "sluice_probe_seconds_total", {"probe": probe}, spent(share)
     yield "sluice_start_timestamp_seconds", {}, lambda _: 1_000.0

@@ -199,7 +199,7 @@ def guarded(server: Server, body: dict[str, Any]) -> dict[str, Any]:
             stop.set()
         for one in clients:
             one.result(120)
-    assert {"guard_tokens", "guard_logprob", "guard_nonfinite"} <= seen
+    assert {"guard_running", "guard_tokens", "guard_logprob", "guard_nonfinite"} <= seen
     change: dict[str, Any] = request(server, "GET", "changes")[1]["changes"][-1]
     return change
 

@@ -157,7 +157,9 @@ def test_a_trial_shows_what_it_measures_and_can_be_ended(engines):
         values = {(name, *labels): value for name, labels, value in server_values(controller.journal)}
         assert values["sluice_guard_logprob", ("patch", "gate"), ("group", "canary")] == -2.0
         assert values["sluice_guard_tokens", ("patch", "gate"), ("group", "rest")] == 800
+        assert values["sluice_guard_running", ("patch", "gate")] == 1
         await trials.end(controller, "bob")
+        assert not any(name.startswith("sluice_guard_") for name, _, _ in server_values(controller.journal))
         with pytest.raises(LookupError, match="trying nothing"):
             await trials.end(controller, "bob")
 

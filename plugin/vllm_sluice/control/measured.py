@@ -19,6 +19,7 @@ def server_values(journal: Journal) -> Iterator[tuple[str, tuple[tuple[str, str]
     yield "sluice_switch_seconds_total", (), float(record.results.get("seconds", 0.0))
     if record.guard is not None:
         patch = ("patch", record.guard["patch"])
+        yield "sluice_guard_running", (patch,), 1.0
         for group, measured in (record.guard["measured"] or {}).items():
             labels = (patch, ("group", group))
             yield "sluice_guard_tokens", labels, float(measured["tokens"])
