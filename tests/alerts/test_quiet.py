@@ -1,5 +1,7 @@
 """What happens to every server must alert nobody: a failed scrape, a restart, a replacement, an idle hour.
 
+And must hide nothing: a fault is noticed although scrapes fail, and although requests come one minute in five.
+
 promtool plays hours of a healthy server's whole catalogue through all rules. `stale` is the marker that Prometheus
 writes when a scrape fails or a series is no longer there, so that what vanishes does so at once, as in production.
 """
@@ -21,6 +23,8 @@ from vllm_sluice.telemetry.catalogue import CATALOGUE, Metric
 
 STEP = 30
 """Seconds between two scrapes."""
+WINDOW = 60
+"""Seconds that windowed series outlive the last token."""
 EVENT = 7 * 3600
 """When it happens, late enough for the rule that looks back 6 hours."""
 END = 10 * 3600
@@ -38,7 +42,8 @@ GAUGES = {
     "activation_abs_max": 40.0, "activation_max_to_median_ratio": 90.0, "attention_sink_mass": 0.2,
     "baseline_activation_abs_max": 40.0, "baseline_activation_max_to_median_ratio": 90.0,
     "baseline_attention_sink_mass": 0.2, "serving_dtype_max": 65504.0, "engine_paused": 0.0,
-    "config_restart_needed": 0.0, "telemetry_interval_seconds": 1.0, "patch_last_change_timestamp_seconds": -LONG_AGO,
+    "config_restart_needed": 0.0,
+    "probe_failed": 0.0, "telemetry_interval_seconds": 1.0, "patch_last_change_timestamp_seconds": -LONG_AGO,
 }  # fmt: skip
 """A healthy server's values where 1 is not one."""
 RATES = {
@@ -64,6 +69,8 @@ class Story:
         Whether the scrape at this second succeeds, and whether requests run then.
     started
         Second at which the process began that is scraped then; negative before the history.
+    trial
+        Whether the guard tries something then.
     massive
         Whether the model has massive activations from its first token on, and the baseline with it.
     """
@@ -71,6 +78,7 @@ class Story:
     scraped: Callable[[int], bool] = lambda t: True
     busy: Callable[[int], bool] = lambda t: True
     started: Callable[[int], int] = lambda t: -LONG_AGO
+    trial: Callable[[int], bool] = lambda t: False
     baseline: bool = True
     massive: bool = False
     instance: str = "a:8000"
@@ -97,7 +105,8 @@ def history(story: Story) -> list[dict[str, str]]:
     busy = list(_busy_scrapes(story, times))
     for metric in CATALOGUE:
         short = metric.name.removeprefix("sluice_").removesuffix("_total")
-        if short.startswith("guard_") or (not story.baseline and _needs_baseline(short)):
+        measured_by_guard = short.startswith("guard_") and short != "guard_running"
+        if measured_by_guard or (not story.baseline and _needs_baseline(short)):
             continue
         values = [_value(metric, short, story, t, scrapes) for t, scrapes in zip(times, busy, strict=True)]
         series += [_series(metric.name, {**model, **labels}, values) for labels in label_sets(metric)]
@@ -116,8 +125,10 @@ def _busy_scrapes(story: Story, times: range) -> Iterator[int]:
 
 
 def _value(metric: Metric, short: str, story: Story, t: int, busy_scrapes: int) -> float | None:
-    if not story.scraped(t) or (metric.windowed and not story.busy(t)):
+    if not story.scraped(t) or (metric.windowed and not any(story.busy(t - ago) for ago in range(0, WINDOW, STEP))):
         return None
+    if short == "guard_running":
+        return 1.0 if story.trial(t) else None
     began = story.started(t)
     special = MASSIVE if story.massive else {}
     if metric.kind == "counter":
@@ -186,17 +197,48 @@ def test_nobody_is_called(tmp_path: Path, name: str, kind: dict[str, bool]) -> N
     assert fired(tmp_path, *(dataclasses.replace(story, **kind) for story in STORIES[name])) == ""
 
 
-def test_a_fault_in_such_a_history_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where every tenth scrape fails, which must not begin the time anew that a fault has to last."""
-    faults = {"activation_abs_max": 40_000.0, "attention_sink_mass": 0.5, "engine_paused": 1.0, "baseline_good": 0.0,
-              "quantization_headroom_ratio": 0.5, "config_restart_needed": 2.0, "config_file_good": 0.0,
-              "snapshot_age_seconds": 600.0}  # fmt: skip
-    for name, value in faults.items():
+FAULTS_OF_WINDOWS = {"activation_abs_max": 40_000.0, "attention_sink_mass": 0.5, "quantization_headroom_ratio": 0.5}
+FAULTS = {
+    **FAULTS_OF_WINDOWS, "engine_paused": 1.0, "baseline_good": 0.0, "config_restart_needed": 2.0,
+    "config_file_good": 0.0, "snapshot_age_seconds": 600.0,
+}  # fmt: skip
+FAULTY_RATES = {"nonfinite": 2.0, "probe_errors": 1.0, "probe_seconds": 5.0, "massive_activations": 1.0}
+OF_RANKS = {"SluicePatchNotApplied", "SluiceRanksDisagree"}
+"""These need ranks or generations that differ."""
+
+
+def names_in(said: str) -> set[str]:
+    return {name for name in alerts() if f'"{name}"' in said}
+
+
+@pytest.mark.parametrize(
+    "story",
+    [Story(scraped=lambda t: t // STEP % 10 != 0), Story(busy=lambda t: t % 300 < 60)],
+    ids=["every tenth scrape fails", "requests come one minute in five"],
+)
+def test_a_fault_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, story: Story) -> None:
+    for name, value in FAULTS.items():
         monkeypatch.setitem(GAUGES, name, value)
-    rates = {"nonfinite": 2.0, "probe_errors": 1.0, "probe_seconds": 5.0, "massive_activations": 1.0}
-    for name, value in rates.items():
+    for name, value in FAULTY_RATES.items():
         monkeypatch.setitem(RATES, name, value)
-    said = fired(tmp_path, Story(scraped=lambda t: t // STEP % 10 != 0))
-    # These need ranks or generations that differ.
-    expected = alerts().keys() - {"SluicePatchNotApplied", "SluiceRanksDisagree"}
-    assert {name for name in expected if f'"{name}"' in said} == expected
+    assert names_in(fired(tmp_path, story)) == alerts().keys() - OF_RANKS
+
+
+def test_one_odd_minute_of_an_idle_night_is_no_drift(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**FAULTS_OF_WINDOWS, "activation_abs_max": 4000.0}.items():
+        monkeypatch.setitem(GAUGES, name, value)
+    monkeypatch.setitem(RATES, "quantization_clipped", 900.0)
+    said = fired(tmp_path, Story(busy=lambda t: EVENT <= t < EVENT + 60))
+    assert said == ""
+
+
+def test_the_guards_trial_calls_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The canary's rows are of another patch state than the baseline in force."""
+    monkeypatch.setitem(GAUGES, "activation_abs_max", 4000.0)
+    monkeypatch.setitem(GAUGES, "activation_max_to_median_ratio", 9000.0)
+    monkeypatch.setitem(RATES, "massive_activations", 30.0)
+    story = Story(trial=lambda t: True)
+    assert names_in(fired(tmp_path, story)) == set()
+    assert names_in(fired(tmp_path, dataclasses.replace(story, trial=lambda t: False))) == {
+        "SluiceMassiveActivationsNew", "SluiceActivationDrift",
+    }  # fmt: skip

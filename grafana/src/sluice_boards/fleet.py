@@ -7,7 +7,7 @@ from typing import Any
 from sluice_boards import panels, shared
 from sluice_boards.board import Row, board
 from sluice_boards.panels import Panel, column, stat, steps, table, timeseries
-from sluice_boards.queries import ENGINE, cost, increase, of, ranks_behind, rows, series
+from sluice_boards.queries import ENGINE, cost, increase, of, once, ranks_behind, rows, series
 
 _WORST = 20
 _LINK = (
@@ -35,7 +35,7 @@ def build() -> dict[str, Any]:
 def _tiles() -> list[Panel]:
     return [
         stat("Engines reporting", "Engines that report, by `sluice_info`.", "As many as you run.",
-             series(f"count(max by ({ENGINE}) ({of('sluice_info')}))", "engines"), "none", decimals=0, width=4),
+             series(f"count(max by ({ENGINE}) {once(of('sluice_info'))})", "engines"), "none", decimals=0, width=4),
         stat("With non-finite values", "Engines whose hidden state had NaN or infinity in the time range.",
              "0.",
              series(f"sum((sum by ({ENGINE}) ({increase(of('sluice_nonfinite_total'))})) > bool 0)", "engines"),
@@ -51,7 +51,8 @@ def _tiles() -> list[Panel]:
              series(f"sum({of('sluice_engine_paused')})", "engines"),
              "none", colours=steps(red=1), alert="SluiceEnginePaused", decimals=0, width=4),
         stat("With a patch on", "Engines on which at least one patch acts.", "As you set them.",
-             series(f"sum(max by ({ENGINE}) ({of('sluice_patch_enabled')}))", "engines"), "none", decimals=0, width=4),
+             series(f"sum(max by ({ENGINE}) {once(of('sluice_patch_enabled'))})", "engines"), "none", decimals=0,
+             width=4),
     ]  # fmt: skip
 
 
@@ -103,7 +104,7 @@ def _models() -> Panel:
     return table(
         "By model", "One row a served model, over its engines.", "What you expect of the model.",
         [
-            column("engines", by_model("count", f"max by ({ENGINE}) ({of('sluice_info')})"), "none", decimals=0),
+            column("engines", by_model("count", f"max by ({ENGINE}) {once(of('sluice_info'))}"), "none", decimals=0),
             column("largest activation", by_model("max", of("sluice_activation_abs_max")), "short", decimals=1),
             column("max/median", by_model("max", of("sluice_activation_max_to_median_ratio")), "none",
                    decimals=0),
@@ -115,7 +116,7 @@ def _models() -> Panel:
 
 def _versions() -> Panel:
     # The stages of a pipeline have a sluice_info each.
-    each = f"max by ({ENGINE}, version, vllm_version) ({of('sluice_info')})"
+    each = f"max by ({ENGINE}, version, vllm_version) {once(of('sluice_info'))}"
     return table(
         "By version", "Engines by version of Sluice and of vLLM.", "One row, apart from a roll-out.",
         [column("engines", rows(f"count by (version, vllm_version) ({each})"), "none", decimals=0)],
@@ -124,7 +125,7 @@ def _versions() -> Panel:
 
 
 def _patch_states() -> Panel:
-    acts = f"max by ({ENGINE}, patch) ({of('sluice_patch_enabled')})"
+    acts = f"max by ({ENGINE}, patch) {once(of('sluice_patch_enabled'))}"
     acts = f"count_values by ({ENGINE}, patch) ('acts', {acts})"
     return table(
         "By patch state", "Engines by model, patch and whether it acts.", "Engines of one model are in one state.",

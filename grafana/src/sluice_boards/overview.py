@@ -7,7 +7,7 @@ from typing import Any
 from sluice_boards import needs, panels, shared
 from sluice_boards.board import Row, board
 from sluice_boards.panels import Panel, column, stat, state_timeline, steps, table, timeseries
-from sluice_boards.queries import ENGINE, cost, equal, increase, of, rate, rows, series
+from sluice_boards.queries import ENGINE, cost, equal, increase, of, once, rate, rows, series
 
 _SEVERITY = {1.0: ("info", "blue"), 2.0: ("warning", "orange"), 3.0: ("critical", "red")}
 _FIRING = ('alertname=~"Sluice.+"', equal("alertstate", "firing"))
@@ -49,7 +49,7 @@ def _tiles() -> list[Panel]:
              "short", colours=steps(orange=1e-9), alert="SluiceProbeErrors", decimals=0),
         shared.probe_cost(),
         stat("Engines", "Engines that report, by `sluice_info`.", "As many as you run.",
-             series(f"count(max by ({ENGINE}) ({of('sluice_info')}))", "engines"), "none", decimals=0),
+             series(f"count(max by ({ENGINE}) {once(of('sluice_info'))})", "engines"), "none", decimals=0),
     ]  # fmt: skip
 
 

@@ -28,6 +28,12 @@ def equal(label: str, value: str) -> str:
     return f'{label}="{value}"'
 
 
+def once(expression: str) -> str:
+    """Leave an engine whose machines are scraped one by one (`sluice exporter`) where its first rank is."""
+    first = of("sluice_generation", equal("rank", "pp0-tp0"), equal("kind", "applied"))
+    return f"({expression} and on ({ENGINE}) {first})"
+
+
 def rate(selector: str) -> str:
     """Per second, over a span that always holds enough scrapes."""
     return f"rate({selector}[$__rate_interval])"
