@@ -31,7 +31,10 @@ for (const object of JSON.parse(text)) {
 # The operator's npm models take unknown fields, so those that are used here are listed; None ends the comparison.
 _ENDPOINT = {
     "port": None, "path": None, "interval": None, "scrapeTimeout": None,
-    "relabelings": {"sourceLabels": None, "targetLabel": None, "regex": None, "replacement": None, "action": None},
+    "relabelings": {
+        "sourceLabels": None, "separator": None, "targetLabel": None, "regex": None, "replacement": None,
+        "action": None,
+    },
 }  # fmt: skip
 _RULE = {"alert": None, "record": None, "expr": None, "for": None, "keep_firing_for": None, "labels": None,
          "annotations": None}  # fmt: skip

@@ -87,6 +87,7 @@ class Model:
             found[series("generation", rank=name, kind=kind)] = float(sum(s <= step for s in self.switch_steps))
         for probe in ("residual", "attention"):
             found[series("probe_errors_total", probe=probe)] = 0.0
+        found[series("telemetry_interval_seconds")] = 1.0
         return found
 
     def write(self, folder: Path, step: int) -> None:
