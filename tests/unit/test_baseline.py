@@ -276,6 +276,8 @@ def server():
         ("sluice_info", 'version="0.1.0",vllm_version="0.32.0",fingerprint="f"'): 1.0,
         ("sluice_patch_installed", 'patch="gate"'): 1.0,
         ("sluice_patch_enabled", 'patch="gate"'): 1.0,
+        ("sluice_generation", 'rank="pp0-tp0",kind="applied"'): 0.0,
+        ("sluice_start_timestamp_seconds", ""): 1.75e9,
         ("sluice_tokens_observed_total", 'phase="prefill"'): 0.0,
         ("sluice_telemetry_interval_seconds", ""): 0.02,
         ("sluice_telemetry_window_seconds", ""): 60.0,
@@ -366,16 +368,39 @@ def no_traffic(shown: Exposition) -> None:
     pass
 
 
-def switched_meanwhile(shown: Exposition) -> None:
+def meanwhile(shown: Exposition, happens: Any) -> None:
+    """Let something happen at every scrape from the fourth on; it gets the number of scrapes since then."""
     traffic(shown)
-    count, change = shown.values, shown.change
+    change, scrapes = shown.change, iter(range(-3, 1000))
 
-    def and_switch() -> None:
+    def and_more() -> None:
         change()
-        if count["sluice_tokens_observed_total", 'phase="prefill"'] > 300:
-            shown.values["sluice_patch_enabled", 'patch="gate"'] = 0.0
+        if (since := next(scrapes)) >= 0:
+            happens(since)
 
-    shown.change = and_switch
+    shown.change = and_more
+
+
+def switched_meanwhile(shown: Exposition) -> None:
+    meanwhile(shown, lambda _: shown.values.update({("sluice_patch_enabled", 'patch="gate"'): 0.0}))
+
+
+def restarted(shown: Exposition) -> None:
+    def restart(since: int) -> None:
+        shown.values["sluice_start_timestamp_seconds", ""] = 1.75e9 + 100
+        shown.values["sluice_tokens_observed_total", 'phase="prefill"'] = float(since)
+
+    meanwhile(shown, restart)
+
+
+def engine_lost(shown: Exposition) -> None:
+    key = ("sluice_generation", 'rank="pp0-tp1",kind="applied"')
+    shown.values[key] = 0.0
+    meanwhile(shown, lambda _: shown.values.pop(key, None))
+
+
+def every_engine_lost(shown: Exposition) -> None:
+    meanwhile(shown, lambda _: stock(shown))
 
 
 def switched_before(shown: Exposition) -> None:
@@ -399,6 +424,9 @@ def garbage(shown: Exposition) -> None:
     [
         (no_traffic, "no token was seen in 0.3 s; record while there is traffic"),
         (switched_meanwhile, "the patches were switched, to gate=0; record again"),
+        (restarted, "restarted during the recording: it began at "),
+        (engine_lost, "from dp0-pp0-tp0, dp0-pp0-tp1 to dp0-pp0-tp0: an engine was started, restarted or lost"),
+        (every_engine_lost, "the server was lost after 0 s of recording, of which nothing was written: "),
         (switched_before, "the window still holds what came before; wait 40 s"),
         (trial, "the guard tries a switch of gate; record when it has ended"),
         (stock, "has no metric of Sluice; start the server with `sluice serve`"),
@@ -412,6 +440,21 @@ def test_recording_from_a_server_says_why_it_cannot(sluice, server, tmp_path, fa
     assert (status, out) == (1, "")
     assert said in err
     assert not path.exists()
+
+
+def test_a_rank_that_is_missing_in_one_scrape_was_only_writing(sluice, server, tmp_path):
+    key = ("sluice_generation", 'rank="pp0-tp1",kind="applied"')
+    server.values[key] = 0.0
+
+    def miss(since: int) -> None:
+        if since == 0:
+            del server.values[key]
+        else:
+            server.values[key] = 0.0
+
+    meanwhile(server, miss)
+    status, _, err = sluice("record", "--url", server.url, "--seconds", "0.5", "--output", tmp_path / "b.json")
+    assert status == 0, err
 
 
 def test_nobody_there(sluice, tmp_path):

@@ -16,10 +16,14 @@ from typing import Any
 
 from vllm_sluice import config
 from vllm_sluice.commands.problem import Problem
+from vllm_sluice.commands.terminal import moment
 from vllm_sluice.telemetry.baseline import Recorder, Section, state_text
 
 Sections = dict[str, Section]
+_NOTHING_WRITTEN = "nothing was written; record again"
 _PROMPTS_AT_ONCE = 16
+_WRITING_SECONDS = 0.1
+"""How long to wait for a rank that is missing in a scrape: it may only have been writing its snapshot."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,19 @@ class _Scrape:
             raise Problem(f"the patch {mixed[0]} acts in some engines and not in others; see `sluice state`")
         return {patch: True in values for patch, values in acts.items()}
 
+    @property
+    def ranks(self) -> set[str]:
+        """Ranks that report, such as `dp0-pp0-tp1`."""
+        return {f"dp{labels['engine']}-{labels['rank']}" for labels, _ in self.values("sluice_generation")}
+
+    def differing(self, other: _Scrape, metric: str) -> list[Mapping[str, str]]:
+        """Return the labels of the series of which another scrape has another value; one that is absent counts as 0."""
+        mine, others = (
+            {tuple(sorted(labels.items())): value for labels, value in scrape.values(metric)}
+            for scrape in (self, other)
+        )
+        return [dict(key) for key in sorted(mine.keys() | others.keys()) if mine.get(key, 0.0) != others.get(key, 0.0)]
+
     def about(self, label: str) -> str:
         return next(labels[label] for labels, _ in self.values("sluice_info"))
 
@@ -61,7 +78,8 @@ def from_server(url: str, seconds: float) -> tuple[str, Sections]:
     Raises
     ------
     Problem
-        If no token is seen, or the patch state is not the same all the time.
+        If no token is seen, or the server or its patch state is not the same all the time. Nothing is returned then of
+        what was recorded before: the file says nowhere that a section is of less time than was asked for.
     """
     from vllm_sluice.commands.client import Client
 
@@ -75,6 +93,7 @@ def from_server(url: str, seconds: float) -> tuple[str, Sections]:
     # The window holds at least two intervals, so looking this often misses nothing.
     period = 2 * first.largest("sluice_telemetry_interval_seconds", 1.0)
     while True:
+        _check_same_server(first, last)
         if last.patches != patches:
             raise Problem(f"the patches were switched, to {state_text(last.patches)}; record again")
         recorder.add(last.samples)
@@ -82,7 +101,7 @@ def from_server(url: str, seconds: float) -> tuple[str, Sections]:
         if left <= 0:
             break
         time.sleep(min(period, left))
-        last = _scrape(client)
+        last = _scrape_again(client, first.ranks, seconds + time.monotonic() - until)
     tokens = last.total("sluice_tokens_observed_total") - first.total("sluice_tokens_observed_total")
     if tokens <= 0 or recorder.empty:
         raise Problem(f"no token was seen in {seconds:g} s; record while there is traffic")
@@ -100,6 +119,36 @@ def _scrape(client: Any) -> _Scrape:
     if not any(name == "sluice_info" for name, _, _ in samples):
         raise Problem(f"{client.url}/metrics has no metric of Sluice; start the server with `sluice serve`")
     return _Scrape(samples)
+
+
+def _scrape_again(client: Any, ranks: set[str], after: float) -> _Scrape:
+    """Scrape in the middle of a recording, `after` seconds of it; once more if not just the same ranks report."""
+    try:
+        scrape = _scrape(client)
+        if scrape.ranks != ranks:
+            time.sleep(_WRITING_SECONDS)
+            scrape = _scrape(client)
+    except Problem as problem:
+        lost = f"the server was lost after {after:.0f} s of recording, of which nothing was written"
+        raise Problem(f"{lost}: {problem}") from None
+    return scrape
+
+
+def _check_same_server(first: _Scrape, now: _Scrape) -> None:
+    """Refuse to go on if the server was restarted: its windows and counters began anew."""
+    if first.ranks != now.ranks:
+        before, after = (", ".join(sorted(scrape.ranks)) or "none" for scrape in (first, now))
+        raise Problem(
+            f"the ranks that report have changed during the recording, from {before} to {after}: an engine was "
+            f"started, restarted or lost, or --url leads to several servers; {_NOTHING_WRITTEN}"
+        )
+    began = "sluice_start_timestamp_seconds"
+    if now.differing(first, began):
+        before, after = (moment(scrape.largest(began, 0.0)) for scrape in (first, now))
+        raise Problem(
+            f"the server, or an engine of it, was restarted during the recording: it began at {after}, and the one "
+            f"before at {before}; {_NOTHING_WRITTEN}. If --url leads to several servers, name one of them"
+        )
 
 
 def _check_unmixed(scrape: _Scrape) -> None:
