@@ -385,6 +385,54 @@ def switched_meanwhile(shown: Exposition) -> None:
     meanwhile(shown, lambda _: shown.values.update({("sluice_patch_enabled", 'patch="gate"'): 0.0}))
 
 
+GATE = 'patch="gate"'
+CHANGED = ("sluice_patch_last_change_timestamp_seconds", GATE)
+GENERATION = ("sluice_generation", 'rank="pp0-tp0",kind="applied"')
+
+
+def switched_there_and_back(shown: Exposition) -> None:
+    """Between two scrapes, for the first time ever."""
+    meanwhile(shown, lambda _: shown.values.update({CHANGED: 1.75e9, GENERATION: 2.0}))
+
+
+def parameter_changed(shown: Exposition) -> None:
+    """Another one than long before the recording."""
+    shown.values |= {CHANGED: 1.75e9, GENERATION: 6.0}
+    meanwhile(shown, lambda _: shown.values.update({CHANGED: 1.76e9, GENERATION: 7.0}))
+
+
+def trial_meanwhile(shown: Exposition) -> None:
+    """One that has ended at the next scrape: rolled back, it leaves the generation as it was."""
+    key = ("sluice_guard_tokens", f'{GATE},group="canary"')
+
+    def tried(since: int) -> None:
+        if since == 0:
+            shown.values[key] = 0.0
+        else:
+            shown.values.pop(key, None)
+
+    meanwhile(shown, tried)
+
+
+def trial_between_scrapes(shown: Exposition) -> None:
+    counted = {("sluice_switches_total", f'result="{result}"'): 1.0 for result in ("tried", "rolled_back")}
+    shown.values |= dict.fromkeys(counted, 0.0)
+    meanwhile(shown, lambda _: shown.values.update(counted))
+
+
+def trial_begun_before(shown: Exposition) -> None:
+    """Nothing had been measured of it at the first scrape."""
+    key = ("sluice_switches_total", 'result="rolled_back"')
+    shown.values[key] = 3.0
+    meanwhile(shown, lambda _: shown.values.update({key: 4.0}))
+
+
+def probe_changed(shown: Exposition) -> None:
+    """No patch moves with it."""
+    shown.values |= {CHANGED: 1.75e9, GENERATION: 6.0}
+    meanwhile(shown, lambda _: shown.values.update({GENERATION: 7.0}))
+
+
 def restarted(shown: Exposition) -> None:
     def restart(since: int) -> None:
         shown.values["sluice_start_timestamp_seconds", ""] = 1.75e9 + 100
@@ -423,7 +471,13 @@ def garbage(shown: Exposition) -> None:
     ("fault", "said"),
     [
         (no_traffic, "no token was seen in 0.3 s; record while there is traffic"),
-        (switched_meanwhile, "the patches were switched, to gate=0; record again"),
+        (switched_meanwhile, "the patch gate was switched during the recording, and nothing was written; "),
+        (switched_there_and_back, "the patch gate was changed (a parameter, or a switch there and back) during"),
+        (parameter_changed, "Record again once the window of 60 s holds only what came after"),
+        (trial_meanwhile, "the guard tried a switch on a part of the requests during"),
+        (trial_between_scrapes, "the guard tried a switch on a part of the requests during"),
+        (trial_begun_before, "a change or a trial of the guard ended as rolled back during"),
+        (probe_changed, "a setting of a probe was changed, so that not all was looked at alike, during"),
         (restarted, "restarted during the recording: it began at "),
         (engine_lost, "from dp0-pp0-tp0, dp0-pp0-tp1 to dp0-pp0-tp0: an engine was started, restarted or lost"),
         (every_engine_lost, "the server was lost after 0 s of recording, of which nothing was written: "),
@@ -440,6 +494,22 @@ def test_recording_from_a_server_says_why_it_cannot(sluice, server, tmp_path, fa
     assert (status, out) == (1, "")
     assert said in err
     assert not path.exists()
+
+
+def test_what_happened_before_the_recording_is_no_reason_to_refuse(sluice, server, tmp_path):
+    """Nor is a window that goes empty when there is no traffic for a while, or a rank that lags behind a wish."""
+    results = {("sluice_switches_total", f'result="{result}"'): 2.0 for result in ("applied", "tried", "rolled_back")}
+    server.values |= {CHANGED: time.time() - 3600, GENERATION: 6.0, **results}
+    desired = ("sluice_generation", 'rank="pp0-tp0",kind="desired"')
+    server.values[desired] = 6.0
+
+    def idle(since: int) -> None:
+        server.values.pop(("sluice_activation_abs_max", 'layer="000"'), None)
+        server.values[desired] = 7.0
+
+    meanwhile(server, idle)
+    status, _, err = sluice("record", "--url", server.url, "--seconds", "0.5", "--output", tmp_path / "b.json")
+    assert status == 0, err
 
 
 def test_a_rank_that_is_missing_in_one_scrape_was_only_writing(sluice, server, tmp_path):

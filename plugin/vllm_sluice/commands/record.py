@@ -94,8 +94,7 @@ def from_server(url: str, seconds: float) -> tuple[str, Sections]:
     period = 2 * first.largest("sluice_telemetry_interval_seconds", 1.0)
     while True:
         _check_same_server(first, last)
-        if last.patches != patches:
-            raise Problem(f"the patches were switched, to {state_text(last.patches)}; record again")
+        _check_same_state(first, last)
         recorder.add(last.samples)
         left = until - time.monotonic()
         if left <= 0:
@@ -151,8 +150,40 @@ def _check_same_server(first: _Scrape, now: _Scrape) -> None:
         )
 
 
+def _check_same_state(first: _Scrape, now: _Scrape) -> None:
+    """Refuse to go on if not all was seen under one patch state, and by probes with one setting."""
+    if (what := _changed_since(first, now)) is not None:
+        window = now.largest("sluice_telemetry_window_seconds", 60.0)
+        raise Problem(
+            f"{what} during the recording, and nothing was written; `sluice changes` says when and by whom. Record "
+            f"again once the window of {window:g} s holds only what came after"
+        )
+
+
+def _changed_since(first: _Scrape, now: _Scrape) -> str | None:
+    """Say what has changed between two scrapes, however shortly; flags alone would hide a switch there and back."""
+    switched = sorted({labels["patch"] for labels in now.differing(first, "sluice_patch_enabled")})
+    if switched:
+        return f"the patch {', '.join(switched)} was switched"
+    # The time of the last change also moves with a parameter, and is absent before the first change.
+    moved = now.differing(first, "sluice_patch_last_change_timestamp_seconds")
+    if changed := sorted({labels["patch"] for labels in moved}):
+        return f"the patch {', '.join(changed)} was changed (a parameter, or a switch there and back)"
+    # A trial between two scrapes, or one that nothing has been measured of yet, shows in the counters only.
+    results = {labels["result"] for labels in now.differing(first, "sluice_switches_total")}
+    if now.values("sluice_guard_tokens") or "tried" in results:
+        return "the guard tried a switch on a part of the requests"
+    if ended := sorted(results - {"applied"}):
+        return f"a change or a trial of the guard ended as {ended[0].replace('_', ' ')}"
+    # A change of probes does not mix patch states, but a layer that was looked at for a part of the time would be
+    # written down with too small a maximum.
+    if any(labels["kind"] == "applied" for labels in now.differing(first, "sluice_generation")):
+        return "a setting of a probe was changed, so that not all was looked at alike,"
+    return None
+
+
 def _check_unmixed(scrape: _Scrape) -> None:
-    """Refuse to record while windows or batches hold more than one patch state."""
+    """Refuse to begin while windows or batches hold more than one patch state."""
     if trial := scrape.values("sluice_guard_tokens"):
         raise Problem(f"the guard tries a switch of {trial[0][0]['patch']}; record when it has ended")
     window = scrape.largest("sluice_telemetry_window_seconds", 60.0)
