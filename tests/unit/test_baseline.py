@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -581,6 +582,60 @@ def test_text_is_read_plain_or_packed(tmp_path):
     for path, said in ((bad, "is no UTF-8 text"), (empty, "holds no text"), (tmp_path / "none", "No such file")):
         with pytest.raises(Problem, match=said):
             record._read_text(path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--context", "1"], "--context 1 leaves no room for text: a prompt needs 2 tokens or more"),
+        (["--", "--max-model-len", "2"], "the model takes 2 tokens at most (--max-model-len), which leaves no room"),
+        (["--", "--dtype", "float32", "--max_model_len=1"], "the model takes 1 token at most (--max-model-len)"),
+    ],
+)
+def test_prompts_that_are_too_short_are_refused_before_a_model_is_loaded(
+    sluice, tmp_path, monkeypatch, arguments, said
+):
+    def load(*_: Any) -> None:
+        pytest.fail("a model is loaded")
+
+    monkeypatch.setattr(record, "_Engine", load)
+    text, path = tmp_path / "a.txt", tmp_path / "b.json"
+    text.write_text("It was a dark and stormy night")
+    status, out, err = sluice("record", "--model", "m", "--text", text, "--output", path, *arguments)
+    assert (status, out) == (1, "")
+    assert said in err
+    assert not path.exists()
+
+
+class Tokenizer:
+    """One token a character, 1 before a text."""
+
+    bos_token_id: int | None = 1
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [self.bos_token_id] * (add_special_tokens and self.bos_token_id is not None) + list(map(ord, text))
+
+
+def loaded(max_model_len: int, bos: int | None) -> record._Engine:
+    """Return an engine as it is once the model is loaded."""
+    tokenizer = Tokenizer()
+    tokenizer.bos_token_id = bos
+    settings = SimpleNamespace(vllm_config=SimpleNamespace(model_config=SimpleNamespace(max_model_len=max_model_len)))
+    engine = record._Engine.__new__(record._Engine)
+    engine._llm = SimpleNamespace(get_tokenizer=lambda: tokenizer, llm_engine=settings)
+    return engine
+
+
+@pytest.mark.parametrize("bos", [1, None])
+@pytest.mark.parametrize("longest", [1, 2])
+def test_a_model_that_turns_out_to_take_too_few_tokens_is_refused(bos, longest):
+    with pytest.raises(Problem, match=f"the model takes {longest} tokens? at most"):
+        loaded(longest, bos).prompts("abcd", 100, 512)
+
+
+def test_the_shortest_prompts_hold_all_of_the_text():
+    assert loaded(3, 1).prompts("abc", 100, 512) == [[1, 97], [1, 98], [1, 99]]
+    assert loaded(4096, None).prompts("abc", 100, 2) == [[97, 98], [99]]
 
 
 # ---------------------------------------------------------------------------------------------- show

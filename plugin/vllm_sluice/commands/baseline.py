@@ -53,7 +53,7 @@ def _add_record(commands: Subparsers) -> None:
     text = record.add_argument_group("with --model")
     text.add_argument("--text", nargs="+", type=Path, metavar="FILE", help="UTF-8 text, plain or packed with xz")
     text.add_argument("--tokens", type=_positive, metavar="N", help="read at most so many tokens (default: 65536)")
-    text.add_argument("--context", type=_positive, metavar="N", help="tokens of one prompt (default: 512)")
+    text.add_argument("--context", type=_positive, metavar="N", help="tokens of one prompt, 2 or more (default: 512)")
     text.add_argument("--all-states", action="store_true", help="record with installed patches on, and with them off")
     text.add_argument("--sluice-config", metavar="FILE", help="settings, such as where gates come from")
     record.set_defaults(run=_record, parser=record, vllm=[])

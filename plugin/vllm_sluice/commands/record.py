@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import lzma
 import os
@@ -16,12 +17,14 @@ from typing import Any
 
 from vllm_sluice import config
 from vllm_sluice.commands.problem import Problem
-from vllm_sluice.commands.terminal import moment
+from vllm_sluice.commands.terminal import moment, plural
 from vllm_sluice.telemetry.baseline import Recorder, Section, state_text
 
 Sections = dict[str, Section]
 _NOTHING_WRITTEN = "nothing was written; record again"
 _PROMPTS_AT_ONCE = 16
+_LEAST_CONTEXT = 2
+"""Tokens of the shortest prompt: one to begin with, and one that has something before it to attend to."""
 _WRITING_SECONDS = 0.1
 """How long to wait for a rank that is missing in a scrape: it may only have been writing its snapshot."""
 
@@ -202,7 +205,7 @@ def from_text(
     Parameters
     ----------
     tokens, context
-        Most tokens to read, and tokens of one prompt.
+        Most tokens to read, and tokens of one prompt, two at least.
     all_states
         Every combination of installed patches, rather than only the configured one.
     vllm
@@ -211,10 +214,11 @@ def from_text(
     Raises
     ------
     Problem
-        If the text cannot be read or the model measures nothing.
+        If prompts would be too short, the text cannot be read or the model measures nothing.
     ConfigError
         If the settings of Sluice are unusable.
     """
+    _check_lengths(context, vllm)
     text = "\n\n".join(_read_text(path) for path in files)
     with tempfile.TemporaryDirectory(prefix="sluice-record-") as scratch:
         _configure(Path(scratch), sluice_config)
@@ -236,6 +240,31 @@ def from_text(
             name = last.about("model_name")
             sections[state_text(last.patches)] = _section(recorder, last, source, seen)
         return name, sections
+
+
+def _check_lengths(context: int, vllm: Sequence[str]) -> None:
+    """Refuse prompts that are too short before a model is loaded, as far as it can be known by then.
+
+    A prompt of one token is the beginning of text alone, or a token that attends to itself: all of its attention is on
+    position 0, and a baseline of that compares with nothing that is served.
+    """
+    if context < _LEAST_CONTEXT:
+        raise Problem(f"--context {context} leaves no room for text: a prompt needs {_LEAST_CONTEXT} tokens or more")
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--max-model-len", "--max_model_len", nargs="?")  # nothing is refused here, vLLM parses it too
+    length = parser.parse_known_args(list(vllm))[0].max_model_len
+    if length is not None and length.isdecimal():  # not for example 4k, or a length that the model's folder tells
+        _check_longest(int(length))
+
+
+def _check_longest(max_model_len: int) -> int:
+    """Return how long a prompt may be; one token is generated after it."""
+    if max_model_len <= _LEAST_CONTEXT:
+        raise Problem(
+            f"the model takes {plural(max_model_len, 'token')} at most (--max-model-len), which leaves no room for "
+            f"text: a prompt needs {_LEAST_CONTEXT} tokens or more, and one more is generated"
+        )
+    return max_model_len - 1
 
 
 def _configure(scratch: Path, sluice_config: str | None) -> None:
@@ -288,7 +317,7 @@ class _Engine:
         ids = tokenizer.encode(text, add_special_tokens=False)[:tokens]
         bos = tokenizer.bos_token_id
         begins = [bos] if bos is not None and tokenizer.encode("a")[:1] == [bos] else []
-        longest = int(self._llm.llm_engine.vllm_config.model_config.max_model_len) - 1  # one token is generated
+        longest = _check_longest(int(self._llm.llm_engine.vllm_config.model_config.max_model_len))
         size = min(context, longest) - len(begins)
         return [begins + ids[start : start + size] for start in range(0, len(ids), size)]
 
