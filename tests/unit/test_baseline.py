@@ -386,6 +386,7 @@ def switched_meanwhile(shown: Exposition) -> None:
     meanwhile(shown, lambda _: shown.values.update({("sluice_patch_enabled", 'patch="gate"'): 0.0}))
 
 
+WINDOW = ("sluice_telemetry_window_seconds", "")
 GATE = 'patch="gate"'
 CHANGED = ("sluice_patch_last_change_timestamp_seconds", GATE)
 GENERATION = ("sluice_generation", 'rank="pp0-tp0",kind="applied"')
@@ -444,11 +445,12 @@ def restarted(shown: Exposition) -> None:
 
 def engine_lost(shown: Exposition) -> None:
     key = ("sluice_generation", 'rank="pp0-tp1",kind="applied"')
-    shown.values[key] = 0.0
+    shown.values |= {key: 0.0, WINDOW: 0.3}
     meanwhile(shown, lambda _: shown.values.pop(key, None))
 
 
 def every_engine_lost(shown: Exposition) -> None:
+    shown.values[WINDOW] = 0.3
     meanwhile(shown, lambda _: stock(shown))
 
 
@@ -480,8 +482,8 @@ def garbage(shown: Exposition) -> None:
         (trial_begun_before, "a change or a trial of the guard ended as rolled back during"),
         (probe_changed, "a setting of a probe was changed, so that not all was looked at alike, during"),
         (restarted, "restarted during the recording: it began at "),
-        (engine_lost, "from dp0-pp0-tp0, dp0-pp0-tp1 to dp0-pp0-tp0: an engine was started, restarted or lost"),
-        (every_engine_lost, "the server was lost after 0 s of recording, of which nothing was written: "),
+        (engine_lost, "the ranks that report have changed, from dp0-pp0-tp0, dp0-pp0-tp1 to dp0-pp0-tp0; see the"),
+        (every_engine_lost, "the server, or a rank, was lost while recording, and nothing was written: http"),
         (switched_before, "the window still holds what came before; wait 40 s"),
         (trial, "the guard tries a switch of gate; record when it has ended"),
         (stock, "has no metric of Sluice; start the server with `sluice serve`"),
@@ -513,19 +515,34 @@ def test_what_happened_before_the_recording_is_no_reason_to_refuse(sluice, serve
     assert status == 0, err
 
 
-def test_a_rank_that_is_missing_in_one_scrape_was_only_writing(sluice, server, tmp_path):
+def test_a_scrape_that_fails_or_lacks_a_rank_costs_nothing(sluice, server, tmp_path):
+    """As long as the window holds what was seen meanwhile."""
     key = ("sluice_generation", 'rank="pp0-tp1",kind="applied"')
     server.values[key] = 0.0
 
-    def miss(since: int) -> None:
-        if since == 0:
-            del server.values[key]
-        else:
+    def fail(since: int) -> None:
+        server.values.pop(key, None)
+        server.body = b"<html>502</html>" if since == 2 else None
+        if since not in (0, 1):
             server.values[key] = 0.0
 
-    meanwhile(server, miss)
+    meanwhile(server, fail)
     status, _, err = sluice("record", "--url", server.url, "--seconds", "0.5", "--output", tmp_path / "b.json")
     assert status == 0, err
+    assert "trying again for 60 s" in err
+
+
+def test_a_server_that_is_away_while_it_restarts_was_restarted(sluice, server, tmp_path):
+    restarted(server)
+    change, scrapes = server.change, iter(range(1000))
+
+    def away() -> None:
+        change()
+        server.body = b"" if 3 <= next(scrapes) < 8 else None
+
+    server.change = away
+    status, _, err = sluice("record", "--url", server.url, "--seconds", "0.3", "--output", tmp_path / "b.json")
+    assert (status, "restarted during the recording" in err) == (1, True), err
 
 
 def test_nobody_there(sluice, tmp_path):

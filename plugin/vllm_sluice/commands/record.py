@@ -21,12 +21,10 @@ from vllm_sluice.commands.terminal import moment, plural
 from vllm_sluice.telemetry.baseline import Recorder, Section, state_text
 
 Sections = dict[str, Section]
-_NOTHING_WRITTEN = "nothing was written; record again"
 _PROMPTS_AT_ONCE = 16
+_PATIENCE_SECONDS = 120.0
 _LEAST_CONTEXT = 2
 """Tokens of the shortest prompt: one to begin with, and one that has something before it to attend to."""
-_WRITING_SECONDS = 0.1
-"""How long to wait for a rank that is missing in a scrape: it may only have been writing its snapshot."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ def from_server(url: str, seconds: float) -> tuple[str, Sections]:
         if left <= 0:
             break
         time.sleep(min(period, left))
-        last = _scrape_again(client, first.ranks, seconds + time.monotonic() - until)
+        last = _scrape_again(client, first.ranks, period, _window(first))
     tokens = last.total("sluice_tokens_observed_total") - first.total("sluice_tokens_observed_total")
     if tokens <= 0 or recorder.empty:
         raise Problem(f"no token was seen in {seconds:g} s; record while there is traffic")
@@ -123,43 +121,54 @@ def _scrape(client: Any) -> _Scrape:
     return _Scrape(samples)
 
 
-def _scrape_again(client: Any, ranks: set[str], after: float) -> _Scrape:
-    """Scrape in the middle of a recording, `after` seconds of it; once more if not just the same ranks report."""
-    try:
-        scrape = _scrape(client)
-        if scrape.ranks != ranks:
-            time.sleep(_WRITING_SECONDS)
+def _window(scrape: _Scrape) -> float:
+    return scrape.largest("sluice_telemetry_window_seconds", 60.0)
+
+
+def _scrape_again(client: Any, ranks: set[str], period: float, window: float) -> _Scrape:
+    """Scrape in the middle of a recording, again and again until the same ranks answer.
+
+    Nothing is missed as long as the window holds what was seen meanwhile: a server that is too busy for one scrape, or
+    a rank that was just writing its snapshot, do not cost the recording.
+    """
+    until = time.monotonic() + min(window, _PATIENCE_SECONDS) - period
+    told = False
+    while True:
+        try:
             scrape = _scrape(client)
-    except Problem as problem:
-        lost = f"the server was lost after {after:.0f} s of recording, of which nothing was written"
-        raise Problem(f"{lost}: {problem}") from None
-    return scrape
+            if scrape.ranks == ranks:
+                return scrape
+            before, after = (", ".join(sorted(names)) or "none" for names in (ranks, scrape.ranks))
+            failure = Problem(f"the ranks that report have changed, from {before} to {after}; see the server's log")
+        except Problem as problem:
+            failure = problem
+        left = until - time.monotonic()
+        if left <= 0:
+            lost = "the server, or a rank, was lost while recording, and nothing was written"
+            raise Problem(f"{lost}: {failure}") from None
+        if not told:
+            _say(f"{failure}; trying again for {left:.0f} s, what the window holds is not missed")
+            told = True
+        time.sleep(min(period, left))
 
 
 def _check_same_server(first: _Scrape, now: _Scrape) -> None:
     """Refuse to go on if the server was restarted: its windows and counters began anew."""
-    if first.ranks != now.ranks:
-        before, after = (", ".join(sorted(scrape.ranks)) or "none" for scrape in (first, now))
-        raise Problem(
-            f"the ranks that report have changed during the recording, from {before} to {after}: an engine was "
-            f"started, restarted or lost, or --url leads to several servers; {_NOTHING_WRITTEN}"
-        )
     began = "sluice_start_timestamp_seconds"
     if now.differing(first, began):
         before, after = (moment(scrape.largest(began, 0.0)) for scrape in (first, now))
         raise Problem(
             f"the server, or an engine of it, was restarted during the recording: it began at {after}, and the one "
-            f"before at {before}; {_NOTHING_WRITTEN}. If --url leads to several servers, name one of them"
+            f"before at {before}; nothing was written. Record again; if --url leads to several servers, name one"
         )
 
 
 def _check_same_state(first: _Scrape, now: _Scrape) -> None:
     """Refuse to go on if not all was seen under one patch state, and by probes with one setting."""
     if (what := _changed_since(first, now)) is not None:
-        window = now.largest("sluice_telemetry_window_seconds", 60.0)
         raise Problem(
             f"{what} during the recording, and nothing was written; `sluice changes` says when and by whom. Record "
-            f"again once the window of {window:g} s holds only what came after"
+            f"again once the window of {_window(now):g} s holds only what came after"
         )
 
 
@@ -189,8 +198,7 @@ def _check_unmixed(scrape: _Scrape) -> None:
     """Refuse to begin while windows or batches hold more than one patch state."""
     if trial := scrape.values("sluice_guard_tokens"):
         raise Problem(f"the guard tries a switch of {trial[0][0]['patch']}; record when it has ended")
-    window = scrape.largest("sluice_telemetry_window_seconds", 60.0)
-    left = scrape.largest("sluice_patch_last_change_timestamp_seconds", 0.0) + window - time.time()
+    left = scrape.largest("sluice_patch_last_change_timestamp_seconds", 0.0) + _window(scrape) - time.time()
     if left > 0:
         raise Problem(f"a patch was switched, and the window still holds what came before; wait {left:.0f} s")
 
