@@ -405,7 +405,7 @@ def parameter_changed(shown: Exposition) -> None:
 
 def trial_meanwhile(shown: Exposition) -> None:
     """One that has ended at the next scrape: rolled back, it leaves the generation as it was."""
-    key = ("sluice_guard_tokens", f'{GATE},group="canary"')
+    key = ("sluice_guard_running", GATE)
 
     def tried(since: int) -> None:
         if since == 0:
@@ -459,7 +459,7 @@ def switched_before(shown: Exposition) -> None:
 
 
 def trial(shown: Exposition) -> None:
-    shown.values["sluice_guard_tokens", 'patch="gate",group="rest"'] = 5.0
+    shown.values["sluice_guard_running", 'patch="gate"'] = 5.0
 
 
 def stock(shown: Exposition) -> None:

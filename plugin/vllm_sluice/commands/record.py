@@ -181,9 +181,9 @@ def _changed_since(first: _Scrape, now: _Scrape) -> str | None:
     moved = now.differing(first, "sluice_patch_last_change_timestamp_seconds")
     if changed := sorted({labels["patch"] for labels in moved}):
         return f"the patch {', '.join(changed)} was changed (a parameter, or a switch there and back)"
-    # A trial between two scrapes, or one that nothing has been measured of yet, shows in the counters only.
+    # A trial between two scrapes shows in the counters only.
     results = {labels["result"] for labels in now.differing(first, "sluice_switches_total")}
-    if now.values("sluice_guard_tokens") or "tried" in results:
+    if now.values("sluice_guard_running") or "tried" in results:
         return "the guard tried a switch on a part of the requests"
     if ended := sorted(results - {"applied"}):
         return f"a change or a trial of the guard ended as {ended[0].replace('_', ' ')}"
@@ -196,7 +196,7 @@ def _changed_since(first: _Scrape, now: _Scrape) -> str | None:
 
 def _check_unmixed(scrape: _Scrape) -> None:
     """Refuse to begin while windows or batches hold more than one patch state."""
-    if trial := scrape.values("sluice_guard_tokens"):
+    if trial := scrape.values("sluice_guard_running"):
         raise Problem(f"the guard tries a switch of {trial[0][0]['patch']}; record when it has ended")
     left = scrape.largest("sluice_patch_last_change_timestamp_seconds", 0.0) + _window(scrape) - time.time()
     if left > 0:
