@@ -19,7 +19,7 @@ from tests.conftest import ROOT, need_program
 from tests.serving.server import get
 from tests.unit.test_cli_demo import RUNNER, SERVER, free_port, machine, model, runs, wait_for  # noqa: F401
 from vllm_sluice import cli
-from vllm_sluice.stack import grafana, prometheus, run
+from vllm_sluice.stack import grafana, prometheus, run, server
 
 DEPLOY = ROOT / "deploy" / "prometheus"
 
@@ -108,6 +108,51 @@ def test_a_folder_without_rules_is_one_line(machine, model, dashboards, tmp_path
     assert f"{tmp_path} has no rules/*.yml; --deploy takes a folder like deploy/prometheus" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (None, "{0} has no prometheus.yml; --deploy takes a folder like deploy/prometheus of Sluice's repository"),
+        ("rule_files: [", "{0}/prometheus.yml cannot be read: "),
+        ("\xff", "{0}/prometheus.yml cannot be read: "),
+        ("", "{0}/prometheus.yml has no settings of Prometheus; "),
+        ("scrape_configs: [{job_name: vllm}]", "{0}/prometheus.yml has None as rule_files; it takes a list, such as"),
+        ("rule_files: rules/*.yml", "{0}/prometheus.yml has 'rules/*.yml' as rule_files; it takes a list, such as"),
+        ("rule_files: [rules/*.yml]", "{0}/prometheus.yml has None as scrape_configs; it takes a list, such as"),
+        ("rule_files: [rules/*.yml]\nscrape_configs: [vllm]", "has ['vllm'] as scrape_configs; it takes a list"),
+        ("rule_files: [rules/*.yml]\nscrape_configs: [{job_name: vllm}]\nglobal: [15s]", "has ['15s'] as global;"),
+        ("rule_files: [rule/*.yml]\nscrape_configs: [{job_name: vllm}]",
+         "rule_files of {0}/prometheus.yml names no file that exists: {0}/rule/*.yml; mend it"),
+    ],
+)  # fmt: skip
+def test_settings_that_the_stack_cannot_use_are_told_before_anything_starts(
+    machine, model, dashboards, tmp_path, capsys, monkeypatch, text, found  # noqa: F811
+):
+    monkeypatch.setattr(server, "start", lambda *_: pytest.fail("the server was started"))
+    deploy = tmp_path / "deploy"
+    shutil.copytree(DEPLOY / "rules", deploy / "rules")
+    if text is not None:
+        (deploy / "prometheus.yml").write_text(text, encoding="latin-1")
+    arguments = ["stack", model, "--port", str(free_port()), "--deploy", str(deploy), "--dashboards", str(dashboards)]
+    assert cli.main(arguments) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("sluice: ")
+    assert found.format(deploy) in err
+
+
+def test_alertmanager_without_settings_is_told_before_anything_starts(
+    machine, model, dashboards, programs, tmp_path, capsys, monkeypatch  # noqa: F811
+):
+    monkeypatch.setattr(server, "start", lambda *_: pytest.fail("the server was started"))
+    (programs / "alertmanager").symlink_to("/bin/true")
+    monkeypatch.setenv("PATH", str(programs))
+    deploy = tmp_path / "deploy"
+    shutil.copytree(DEPLOY / "rules", deploy / "rules")
+    shutil.copy(DEPLOY / "prometheus.yml", deploy)
+    arguments = ["stack", model, "--port", str(free_port()), "--deploy", str(deploy), "--dashboards", str(dashboards)]
+    assert cli.main(arguments) == 1
+    assert f"{deploy} has no alertmanager.yml, and Alertmanager is installed ({programs}" in capsys.readouterr().err
+
+
 def test_an_installed_package_asks_for_the_folders(monkeypatch, tmp_path):
     monkeypatch.setattr(run, "_CHECKOUT", tmp_path)
     with pytest.raises(run.Problem, match="no checkout of Sluice, so deploy/prometheus must be named: --deploy FOLDER"):
@@ -188,11 +233,25 @@ def test_settings_that_prometheus_refuses_end_it_with_the_reason(whole, tmp_path
 
 # ---------------------------------------------------------------------------------------------- the parts
 def test_rules_are_named_from_anywhere_and_alerting_only_where_it_is():
-    settings = prometheus.with_rules(Path(os.path.relpath(DEPLOY)), "127.0.0.1:8001", None)
+    settings = prometheus.aimed(prometheus.read(Path(os.path.relpath(DEPLOY))), "127.0.0.1:8001", None)
     assert settings["rule_files"] == [str(DEPLOY / "rules" / "*.yml")]
     assert settings["scrape_configs"][0]["static_configs"] == [{"targets": ["127.0.0.1:8001"]}]
     assert settings["scrape_configs"][0]["sample_limit"] > 0
     assert "alerting" not in settings
+
+
+def test_settings_may_be_short_and_hold_a_date(tmp_path, monkeypatch):
+    (tmp_path / "a.yml").write_text("groups: []\n")
+    (tmp_path / "prometheus.yml").write_text(
+        f"rule_files: [{tmp_path}/a.yml]\nscrape_configs: [{{job_name: vllm, params: {{since: [2026-11-21]}}}}]\n"
+    )
+    settings = prometheus.read(tmp_path)
+    assert prometheus.scrape_interval(settings) == "1m"
+    monkeypatch.setattr(prometheus, "program", lambda _: "prometheus")
+    monkeypatch.setattr(prometheus, "Child", lambda *_: None)
+    prometheus.start(prometheus.aimed(settings, "127.0.0.1:8001", None), tmp_path)
+    written = yaml.safe_load((tmp_path / "prometheus.yml").read_text())
+    assert written["scrape_configs"][0]["params"] == {"since": ["2026-11-21"]}
 
 
 def test_grafanas_other_name_takes_a_subcommand(monkeypatch, tmp_path):

@@ -9,7 +9,7 @@ import tempfile
 import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm_sluice.commands.problem import Problem
 from vllm_sluice.stack import DEFAULT_MODEL
@@ -56,11 +56,13 @@ def run(args: argparse.Namespace) -> int:
     Problem
         If it cannot start, or a process of it ended by itself.
     """
-    from vllm_sluice.stack import grafana, server
+    from vllm_sluice.stack import alertmanager, grafana, prometheus, server
     from vllm_sluice.stack.console import Stop, Stopped
     from vllm_sluice.stack.service import program
 
     deploy = folder(args.deploy, _DEPLOY, "rules/*.yml", "--deploy")
+    settings = prometheus.read(deploy)
+    alertmanager.check(deploy)
     wanted = args.dashboards or grafana.installed()
     dashboards = folder(args.dashboards, _DASHBOARDS, "*.json", "--dashboards") if wanted else None
     if program("prometheus") is None:
@@ -69,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     scratch = Path(tempfile.mkdtemp(prefix="sluice-stack-"))
     with Stop() as stop:
         with suppress(Stopped):
-            _stack(args, deploy, dashboards, scratch, stop)
+            _stack(args, deploy, settings, dashboards, scratch, stop)
         # After a Problem the folder stays: it holds the log that says more.
         shutil.rmtree(scratch, ignore_errors=True)
     return 0
@@ -91,7 +93,9 @@ def folder(named: Path | None, default: Path, pattern: str, option: str) -> Path
     raise Problem(f"{found} has no {pattern}; {option} takes a folder like {default} of Sluice's repository")
 
 
-def _stack(args: argparse.Namespace, deploy: Path, dashboards: Path | None, scratch: Path, stop: Stop) -> None:
+def _stack(
+    args: argparse.Namespace, deploy: Path, settings: dict[str, Any], dashboards: Path | None, scratch: Path, stop: Stop
+) -> None:
     from vllm_sluice.stack import alertmanager, grafana, prometheus, server
     from vllm_sluice.stack.console import StatusLine
     from vllm_sluice.stack.loopback import HOST
@@ -116,12 +120,13 @@ def _stack(args: argparse.Namespace, deploy: Path, dashboards: Path | None, scra
         cleanup.callback(stop_child, model, line)
         manager = add("Alertmanager", alertmanager.start(deploy, scratch))
         address = manager.url.removeprefix("http://") if manager else None
-        settings = prometheus.with_rules(deploy, f"{HOST}:{args.port}", address)
-        monitor = add("Prometheus", prometheus.start(settings, scratch))
+        aimed = prometheus.aimed(settings, f"{HOST}:{args.port}", address)
+        monitor = add("Prometheus", prometheus.start(aimed, scratch))
         if monitor is None:
             raise Problem("Prometheus is gone; it was installed a moment ago")
         if dashboards is not None:
-            add("Grafana", grafana.start(dashboards, monitor.url, settings["global"]["scrape_interval"], scratch))
+            interval = prometheus.scrape_interval(settings)
+            add("Grafana", grafana.start(dashboards, monitor.url, interval, scratch))
         server.wait_until_healthy(model, base, line, stop)
         line.clear()
         print(_welcome(base, server.served_model(base)[0], services, scratch), flush=True)
