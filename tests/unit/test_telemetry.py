@@ -6,12 +6,16 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
+from vllm_sluice import __version__
 from vllm_sluice.config import RUN_DIR_VARIABLE, Telemetry
 from vllm_sluice.telemetry import rundir
 from vllm_sluice.telemetry.collector import SnapshotCollector
@@ -110,7 +114,7 @@ def test_standard_detail_is_at_most_twelve_series_a_layer(tmp_path):
 
 def test_the_run_folder_is_announced_to_children_and_swept_when_its_server_is_gone(tmp_path, monkeypatch):
     monkeypatch.setattr(rundir, "_base", lambda: tmp_path)
-    monkeypatch.delenv(RUN_DIR_VARIABLE, raising=False)
+    monkeypatch.setenv(RUN_DIR_VARIABLE, "")
     chosen = rundir.announce(Telemetry())
     assert os.environ[RUN_DIR_VARIABLE] == str(chosen)
     assert rundir.announce(Telemetry()) == chosen
@@ -122,7 +126,58 @@ def test_the_run_folder_is_announced_to_children_and_swept_when_its_server_is_go
     rundir.create(chosen)
     assert chosen.stat().st_mode & 0o777 == 0o700
     assert not stale.exists()
-    monkeypatch.delenv(RUN_DIR_VARIABLE)
+
+
+# ------------------------------------------------------------------------------------------- ranks of another version
+def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change what a snapshot says of its rank, as another version would have written it."""
+    snapshot = SnapshotReader(path).read()
+    about = dict(vars(snapshot.info))
+    change(about)
+    SnapshotWriter(path, SimpleNamespace(**about), snapshot.series).write(snapshot.values)
+
+
+def test_what_a_newer_server_adds_is_left_out_and_told_once(tmp_path, caplog):
+    path = tmp_path / f"a{SUFFIX}"
+    layer = ("layer", "000")
+    series = [
+        Series("sluice_tomorrow", (layer,)),
+        Series("sluice_gate_mean", (layer,)),
+        Series("sluice_attention_sink_mass", (layer, ("head", "0"))),
+        Series("sluice_attention_sink_mass", (layer, ("head", "1"))),
+        Series("sluice_activation_abs_max", (layer,)),
+    ]
+    SnapshotWriter(path, info(), series).write(np.array([1.0, 0.5, 0.1, 0.2, 7.0]))
+    rewrite(path, lambda about: about.update(version="0.9", node="a"))
+    collector = SnapshotCollector(tmp_path, "full")
+    with caplog.at_level("WARNING", "vllm.sluice"):
+        for _ in range(3):
+            text = _render(collector)
+    assert 'sluice_gate_mean{engine="0",layer="000",model_name="model"} 0.5' in text
+    assert 'sluice_activation_abs_max{engine="0",layer="000",model_name="model"} 7.0' in text
+    assert "tomorrow" not in text
+    assert "sink_mass" not in text  # two series of one name and one set of labels would fail the whole scrape
+    assert [record.getMessage() for record in caplog.records] == [
+        f"sluice: ranks run Sluice 0.9 and this is {__version__}, so what it does not know is left out: node, "
+        "sluice_attention_sink_mass, sluice_tomorrow"
+    ]
+
+
+def test_a_rank_that_does_not_say_all_that_is_needed_is_left_out_and_told_once(tmp_path, caplog):
+    one = [Series("sluice_gate_mean", (("layer", "000"),))]
+    for rank in ("pp0-tp0", "pp0-tp1"):
+        SnapshotWriter(tmp_path / f"{rank}{SUFFIX}", info(rank), one).write(np.array([0.5]))
+    path = tmp_path / f"pp0-tp1{SUFFIX}"
+    rewrite(path, lambda about: about.update(version="0.0.1") or about.pop("engine"))
+    with pytest.raises(ValueError, match=r"pp0-tp1.*written by Sluice 0\.0\.1, lacks engine"):
+        SnapshotReader(path)
+    collector = SnapshotCollector(tmp_path)
+    with caplog.at_level("WARNING", "vllm.sluice"):
+        found = [[snapshot.info.rank for snapshot in collector.snapshots()] for _ in range(3)]
+    assert found == 3 * [["pp0-tp0"]]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"sluice: a rank is left out: {path}, written by Sluice 0.0.1, lacks engine"
+    ]
 
 
 def test_the_run_folder_is_removed_when_its_first_process_ends(tmp_path):

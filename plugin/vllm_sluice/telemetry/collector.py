@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -12,9 +13,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
+from vllm_sluice import __version__
 from vllm_sluice.telemetry import rundir
 from vllm_sluice.telemetry.catalogue import BY_NAME, CATALOGUE, COMMON_LABELS, Detail, is_exported
-from vllm_sluice.telemetry.snapshot import SUFFIX, Snapshot, SnapshotReader
+from vllm_sluice.telemetry.snapshot import SUFFIX, Series, Snapshot, SnapshotReader
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ ServerValues = Callable[[], Iterable[tuple[str, tuple[tuple[str, str], ...], flo
 Presence = Callable[[Snapshot], bool]
 """Tells whether the rank behind a snapshot is still there."""
 
+logger = logging.getLogger("vllm.sluice")
+
 
 def process_lives(snapshot: Snapshot) -> bool:
     """Tell whether the process that wrote a snapshot exists."""
@@ -41,7 +45,8 @@ def process_lives(snapshot: Snapshot) -> bool:
 class SnapshotCollector(Collector):
     """Collects the snapshots in one folder.
 
-    Snapshots of ranks that are gone are left out, so their series end at the next scrape.
+    Snapshots of ranks that are gone are left out, so their series end at the next scrape. Of ranks that run another
+    version of Sluice, what this version does not know is left out, and the log says so once.
 
     Parameters
     ----------
@@ -67,6 +72,7 @@ class SnapshotCollector(Collector):
         self._present = present
         self._detail: Detail = detail
         self._readers: dict[Path, SnapshotReader] = {}
+        self._told: set[str] = set()
 
     def snapshots(self) -> list[Snapshot]:
         """Read all ranks that are alive, in the order of their file names."""
@@ -78,13 +84,29 @@ class SnapshotCollector(Collector):
             try:
                 reader = self._readers.get(path)
                 if reader is None or reader.inode != path.stat().st_ino:
-                    reader = self._readers[path] = SnapshotReader(path)
-            except (OSError, ValueError):
+                    reader = self._readers[path] = SnapshotReader(path, _is_known)
+                    self._tell_unknown(reader)
+            except OSError:
+                continue
+            except ValueError as error:
+                self._tell(f"a rank is left out: {error}")
                 continue
             snapshot = reader.read()
             if snapshot is not None and self._present(snapshot):
                 found.append(snapshot)
         return found
+
+    def _tell_unknown(self, reader: SnapshotReader) -> None:
+        if reader.unknown:
+            self._tell(
+                f"ranks run Sluice {reader.info.version} and this is {__version__}, so what it does not know is left "
+                f"out: {', '.join(reader.unknown)}"
+            )
+
+    def _tell(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            logger.warning("sluice: %s", text)
 
     def samples(self) -> list[Sample]:
         """Return all samples at full detail, the ranks of one engine combined as the catalogue says."""
@@ -123,6 +145,12 @@ class SnapshotCollector(Collector):
     def describe(self) -> Iterable[Family]:
         """Return nothing: the registry must not collect at registration."""
         return ()
+
+
+def _is_known(series: Series) -> bool:
+    metric = BY_NAME.get(series.metric)
+    # Without a label that tells them apart, several series would be exported as one, and Prometheus refuses that.
+    return metric is not None and {name for name, _ in series.labels} == set(metric.labels)
 
 
 def _about(snapshot: Snapshot) -> Iterator[tuple[str, tuple[tuple[str, str], ...], float]]:

@@ -13,8 +13,8 @@ import mmap
 import os
 import struct
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -95,17 +95,29 @@ class Snapshot:
 
 
 class SnapshotReader:
-    """Reads the snapshot of one rank.
+    """Reads the snapshot of one rank, which may be of another version of Sluice.
+
+    Parameters
+    ----------
+    path
+        The file.
+    is_known
+        Tells which series to read; default: all.
+
+    Attributes
+    ----------
+    unknown
+        What the file has besides: fields that this version does not know, and the metrics of series left out.
 
     Raises
     ------
     ValueError
-        If the file is not a snapshot of this layout.
+        If the file is not a snapshot of this layout, or does not say all that this version needs.
     OSError
         If the file cannot be opened.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, is_known: Callable[[Series], bool] = lambda series: True) -> None:
         with path.open("rb") as file:
             self.inode = os.fstat(file.fileno()).st_ino
             self._map = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
@@ -113,20 +125,37 @@ class SnapshotReader:
             raise ValueError(f"{path} is not a Sluice snapshot")
         _, _, _, length = _FIXED.unpack(self._map[: _FIXED.size])
         header: dict[str, Any] = json.loads(self._map[_FIXED.size : _FIXED.size + length])
-        self.info = RankInfo(**header["info"])
-        self.series = tuple(Series(m, tuple((k, v) for k, v in labels)) for m, labels in header["series"])
+        self.info = _rank_info(header["info"], path)
+        written = [Series(m, tuple((k, v) for k, v in labels)) for m, labels in header["series"]]
+        known = [is_known(series) for series in written]
+        self.series = tuple(series for series, kept in zip(written, known, strict=True) if kept)
+        more = header["info"].keys() - {field.name for field in fields(RankInfo)}
+        self.unknown = sorted(more) + sorted({s.metric for s, kept in zip(written, known, strict=True) if not kept})
+        self._places = np.flatnonzero(known)
+        self._size = 8 * len(written)
         self._body = _align(_FIXED.size + length)
 
     def read(self, attempts: int = 100) -> Snapshot | None:
         """Return a consistent snapshot, or None if a writer was in the way `attempts` times."""
         for _ in range(attempts):
             _, before, written, _ = _FIXED.unpack(self._map[: _FIXED.size])
-            body = self._map[self._body : self._body + 8 * len(self.series)]
+            body = self._map[self._body : self._body + self._size]
             _, after, _, _ = _FIXED.unpack(self._map[: _FIXED.size])
             if before == after and before % 2 == 0:
-                return Snapshot(self.info, self.series, np.frombuffer(body, np.float64), written)
+                values = np.frombuffer(body, np.float64)[self._places]
+                return Snapshot(self.info, self.series, values, written)
             time.sleep(0)
         return None
+
+
+def _rank_info(said: Mapping[str, Any], path: Path) -> RankInfo:
+    """Return what a snapshot says of its rank, as far as this version knows it."""
+    missing = [field.name for field in fields(RankInfo) if field.default is MISSING and field.name not in said]
+    if missing:
+        raise ValueError(
+            f"{path}, written by Sluice {said.get('version', 'of an unknown version')}, lacks {', '.join(missing)}"
+        )
+    return RankInfo(**{field.name: said[field.name] for field in fields(RankInfo) if field.name in said})
 
 
 def _align(offset: int) -> int:
