@@ -25,10 +25,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 CONFIG_VARIABLE = "SLUICE_CONFIG"
 RUN_DIR_VARIABLE = "SLUICE_RUN_DIR"
+SERVER_VARIABLE = "SLUICE_SERVER_IDENTITY"
 _PREFIX = "SLUICE_"
 _NESTING = "__"
 TOKEN_VARIABLE = "SLUICE_ADMIN_TOKEN"
-_NOT_SETTINGS = frozenset({CONFIG_VARIABLE, RUN_DIR_VARIABLE, TOKEN_VARIABLE})
+_NOT_SETTINGS = frozenset({CONFIG_VARIABLE, RUN_DIR_VARIABLE, SERVER_VARIABLE, TOKEN_VARIABLE})
 
 _KUBERNETES = re.compile(r"SLUICE_(\w+_)?(SERVICE_(HOST|PORT\w*)|PORT(_\d+_(TCP|UDP)\w*)?)")
 """What Kubernetes puts into the environment of every pod for a Service whose name begins with `sluice`."""

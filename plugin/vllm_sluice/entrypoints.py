@@ -86,7 +86,7 @@ def _request_check() -> RequestCheck:
     installed = InstalledOnRanks(SnapshotCollector(folder))
     kinds = [kind.name for kind in patch_kinds(settings)]
     guarded = settings.control.enabled and settings.control.guard.enabled
-    trial = Journal(folder).trial if guarded else None
+    trial = Journal(folder, rundir.server()).trial if guarded else None
     return RequestCheck(settings.control.per_request, kinds, installed, trial)
 
 

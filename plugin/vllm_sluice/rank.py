@@ -388,6 +388,7 @@ def rank_info(load: Load, version: str, fingerprint: str) -> RankInfo:
     """Describe this worker."""
     return RankInfo(
         pid=os.getpid(),
+        start_ticks=rundir.start_ticks(os.getpid()),
         rank=load.rank(),
         engine=load.engine,
         model_name=load.served_name,

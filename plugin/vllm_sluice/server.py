@@ -37,7 +37,7 @@ class SluiceEndpoint:
         self._control = settings.control
         self._tokens = read_tokens(settings.control.token_file)
         folder = rundir.announce(settings.telemetry)
-        self._journal = Journal(folder)
+        self._journal = Journal(folder, rundir.server())
         self._collector = SnapshotCollector(folder, settings.telemetry.detail, lambda: server_values(self._journal))
         self._history = History(self._collector, settings.live, settings.telemetry.interval_seconds)
         self._controller: Controller | None = None

@@ -15,7 +15,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 import torch
 
-from vllm_sluice.config import RUN_DIR_VARIABLE
+from vllm_sluice.config import RUN_DIR_VARIABLE, SERVER_VARIABLE
 from vllm_sluice.telemetry.collector import SnapshotCollector
 
 EVERY_ROW = {
@@ -76,7 +76,8 @@ class Engine:
 
         with environment():
             entrypoints.register()  # vLLM loads plugins once a process; the first engine here may have Sluice off
-        self._environment = {RUN_DIR_VARIABLE: str(run_dir), **(EVERY_ROW if variables is None else variables)}
+        own = {RUN_DIR_VARIABLE: str(run_dir), SERVER_VARIABLE: run_dir.name}
+        self._environment = {**own, **(EVERY_ROW if variables is None else variables)}
         self.run_dir = run_dir
         with environment(**self._environment):
             self.llm = LLM(str(model), **{**SETTINGS, **settings})

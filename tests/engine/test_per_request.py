@@ -247,11 +247,12 @@ def test_a_guarded_trial_measures_what_its_groups_generate(make_engine, twin_gat
 
     alone = generate()
     assert engine.rpc("guard")["groups"] == {group: [0, 0.0, 0.0, 0] for group in GROUPS}
-    Journal(engine.run_dir).write(Record(guard=trial))
+    journal = Journal(engine.run_dir, engine.run_dir.name)
+    journal.write(Record(guard=trial))
     try:
         found = generate()
     finally:
-        Journal(engine.run_dir).write(Record())
+        journal.write(Record())
     measured = engine.rpc("guard")
     assert measured["number"] == 7
     rest, canary = (measured["groups"][group] for group in GROUPS)

@@ -28,6 +28,14 @@ SETTINGS: dict[str, Any] = {
     "telemetry": {"interval_seconds": 0.5},
     "control": {"changes_per_minute": 100_000, "watch_seconds": 0.2},
 }
+FORMER: dict[str, Any] = {
+    "server": "a former one", "generation": 41, "values": {"patches.gate.enabled": False},
+    "admin": {"patches.gate.enabled": False},
+    "switching": {"pid": 1, "start_ticks": "", "since": 1.0, "paused": True},
+    "guard": {"number": 7, "patch": "gate", "enabled": True, "edits": {}, "share": 0.5, "since": 1.0, "who": "ann",
+              "measured": None, "reason": None},
+}  # fmt: skip
+"""What a server leaves in a folder that outlives it when it is killed in a switch; a process 1 there is always."""
 EXACT = 2e-5
 """Log-probabilities of one state differ by no more than float32 rounding between differently composed batches."""
 
@@ -95,11 +103,13 @@ def stream(server: Server, prompt: list[int], tokens: int) -> Iterator[tuple[int
 @pytest.fixture(scope="module")
 def server(twin_gated: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("control")
+    (folder / "run").mkdir()
+    (folder / "run" / "control.json").write_text(json.dumps(FORMER))
     server = Server(
         four_heads(folder / "model", twin_gated), folder, SETTINGS,
         ["--dtype", "float32", "--enforce-eager", "--tensor-parallel-size", "2", "--api-server-count", "2",
          "--enable-prefix-caching"],
-        {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "SLUICE_ADMIN_TOKEN": TOKEN},
+        {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "SLUICE_ADMIN_TOKEN": TOKEN, "SLUICE_RUN_DIR": str(folder / "run")},
     )  # fmt: skip
     server.wait()
     yield server
@@ -116,6 +126,15 @@ def fresh(server: Server) -> dict[bool, list[float]]:
         found[enabled] = logprobs(server, prompt, cache_salt=f"fresh-{enabled}")
     assert apart(found[True], found[False]) > 0.05
     return found
+
+
+def test_a_former_server_in_the_same_folder_left_nothing_behind(server):
+    time.sleep(3)  # the follower looks for late ranks
+    state = request(server, "GET", "state")[1]["control"]
+    assert (state["generation"], state["switching"], state["guard"]) == (0, False, None)
+    assert state["values"]["patches.gate.enabled"] == {"value": True, "origin": "default", "wanted": True}
+    assert server.metrics()["engine_paused",] == 0
+    assert request(server, "GET", "changes")[1]["changes"] == []
 
 
 def test_cached_prompts_follow_the_state(server, fresh):

@@ -146,7 +146,8 @@ def test_variables_hold_yaml_values(variable, text, expected):
 
 
 def test_variables_without_the_prefix_and_sluices_own_plumbing_are_left_alone(tmp_path):
-    environ = {"SLUICE_RUN_DIR": "/dev/shm/x", "SLUICES": "1", "VLLM_PLUGINS": "sluice", "PATH": "/bin"}
+    own = {"SLUICE_RUN_DIR": "/dev/shm/x", "SLUICE_SERVER_IDENTITY": "5e"}
+    environ = {**own, "SLUICES": "1", "VLLM_PLUGINS": "sluice", "PATH": "/bin"}
     assert load(None, environ).config == Config()
 
 

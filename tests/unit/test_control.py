@@ -17,12 +17,13 @@ from vllm_sluice.config import ConfigError
 from vllm_sluice.control import switch
 from vllm_sluice.control.controller import Controller, Moved, NotReady, TimedOut
 from vllm_sluice.control.follower import Follower
-from vllm_sluice.control.journal import Busy, Journal
+from vllm_sluice.control.journal import Busy, Journal, Record
 from vllm_sluice.control.limit import RateLimit
 from vllm_sluice.control.measured import server_values
 from vllm_sluice.control.state import Refused
 from vllm_sluice.control.switch import AlreadyPaused, StillPaused, SwitchFailed
 from vllm_sluice.control.tokens import read_tokens
+from vllm_sluice.telemetry import rundir
 
 OFF = {"patches.gate.enabled": False}
 ON = {"patches.gate.enabled": True}
@@ -37,17 +38,17 @@ def engines() -> MemoryEngines:
 def make(
     engines: MemoryEngines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Controller]:
-    """Build a controller of the same server; a second one is a second API server."""
+    """Build a controller of the server `server`; a second one is a second API server."""
     for variable in [name for name in os.environ if name.startswith("SLUICE_")]:
         monkeypatch.delenv(variable)
 
-    def controller(text: str | None = None, **control: Any) -> Controller:
+    def controller(text: str | None = None, server: str = "a", **control: Any) -> Controller:
         if text is not None:
             (tmp_path / "sluice.yaml").write_text(text)
             monkeypatch.setenv("SLUICE_CONFIG", str(tmp_path / "sluice.yaml"))
         for key, value in control.items():
             monkeypatch.setenv(f"SLUICE_CONTROL__{key.upper()}", str(value))
-        return Controller(Journal(tmp_path / "run"), engines, config.load(), engines.applied)
+        return Controller(Journal(tmp_path / "run", server), engines, config.load(), engines.applied)
 
     return controller
 
@@ -238,7 +239,7 @@ def test_missing_ranks_are_never_called(make, engines, tmp_path):
         raise NotReady("1 of 2 ranks report")
 
     make()
-    controller = Controller(Journal(tmp_path / "run"), engines, config.load(), missing)
+    controller = Controller(Journal(tmp_path / "run", "a"), engines, config.load(), missing)
     with pytest.raises(NotReady):
         asyncio.run(controller.change(OFF, who="ann"))
     assert engines.log == []
@@ -356,7 +357,7 @@ def test_what_was_set_over_http_survives_a_restart_with_a_state_file(make, engin
     asyncio.run(make(state_file=kept).change({"patches.gate.enabled": False}, who="ann"))
     assert json.loads(kept.read_text()) == OFF
     restarted = MemoryEngines()
-    controller = Controller(Journal(tmp_path / "another-run"), restarted, config.load(), restarted.applied)
+    controller = Controller(Journal(tmp_path / "another-run", "b"), restarted, config.load(), restarted.applied)
 
     async def scenario() -> None:
         await until(lambda: gate(restarted) == [False, False])
@@ -399,12 +400,17 @@ def test_a_state_file_is_kept_while_the_engine_is_paused_and_keys_that_do_not_fi
 
 
 # ------------------------------------------------------------------------------------------------ what is left behind
-def test_a_switch_of_an_api_server_that_died_is_undone(make, engines):
+@pytest.mark.parametrize(
+    ("pid", "start_ticks"),
+    [pytest.param(2**22 + 1, "", id="no such process"), pytest.param(os.getpid(), "1", id="another has its number")],
+)
+def test_a_switch_of_an_api_server_that_died_is_undone(make, engines, pid, start_ticks):
     controller = make(watch_seconds=0.1)
 
     async def scenario() -> None:
         await controller.change(OFF, who="ann")
-        controller.journal.update(switching={"pid": 2**22 + 1, "since": 0.0, "paused": True})  # no such process
+        died = {"pid": pid, "start_ticks": start_ticks, "since": 0.0, "paused": True}
+        controller.journal.update(switching=died)
         engines.paused = True
         engines.ranks[0].values["gate"]["enabled"] = True
         await until(lambda: not engines.paused)
@@ -412,6 +418,54 @@ def test_a_switch_of_an_api_server_that_died_is_undone(make, engines):
         assert controller.journal.read().switching is None
 
     following(controller, scenario)
+
+
+def test_a_switch_of_an_api_server_that_lives_is_left_alone(make, engines):
+    controller = make(watch_seconds=0.1)
+
+    async def scenario() -> None:
+        me = {"pid": os.getpid(), "start_ticks": rundir.start_ticks(os.getpid()), "since": 0.0, "paused": True}
+        controller.journal.update(switching=me)
+        await asyncio.sleep(0.5)
+        assert controller.journal.read().switching == me
+
+    following(controller, scenario)
+    assert engines.log == []
+
+
+def test_a_new_server_in_the_folder_of_a_former_one_begins_afresh(make, engines, tmp_path):
+    """Also if the former one was killed in a switch or a trial, and the new one has its process numbers."""
+    text = "patches: {gate: {enabled: true}}\n"
+    former = make(text, watch_seconds=0.1)
+    asyncio.run(former.change({**OFF, "patches.gate.floor": 0.5}, who="ann"))
+    me = {"pid": os.getpid(), "start_ticks": rundir.start_ticks(os.getpid()), "since": 0.0, "paused": True}
+    former.journal.update(switching=me, paused_since=1.0, guard={"patch": "gate", "number": 7, "measured": None})
+
+    engines.ranks = MemoryEngines().ranks
+    engines.log.clear()
+    controller = make(text, server="b")
+
+    async def scenario() -> None:
+        await asyncio.sleep(0.8)
+        assert engines.log == []
+        assert ("sluice_engine_paused", (), 0.0) in list(server_values(controller.journal))
+        assert controller.journal.trial() is None
+        state = await controller.describe()
+        assert state["values"]["patches.gate.enabled"] == {"value": True, "origin": "file", "wanted": True}
+        assert state["values"]["patches.gate.floor"]["value"] == 0.0
+        assert (await controller.change(OFF, who="bob")).generation == 1
+        assert gate(engines) == [False, False]
+
+    following(controller, scenario)
+    assert [(c["who"], c["generation"]) for c in controller.journal.changes(9)] == [("ann", 1), ("bob", 1)]
+    assert Journal(tmp_path / "run", "b").read().admin == OFF  # an API server of this server that is replaced
+
+
+def test_a_record_of_another_version_does_not_stop_a_new_server(tmp_path):
+    (tmp_path / "control.json").write_text(json.dumps({"generation": 3, "server": "a", "no_such_field": 1}))
+    assert Journal(tmp_path, "b").read() == Record()
+    (tmp_path / "control.json").write_text(json.dumps({"generation": 3}))
+    assert Journal(tmp_path, "b").read() == Record()
 
 
 def test_ranks_that_started_again_get_the_state_again(make, engines):
@@ -461,7 +515,7 @@ def test_ranks_that_do_not_report_are_told_once_and_the_file_is_followed(make, e
         raise NotReady("0 of 2 ranks report")
 
     make("patches: {gate: {enabled: true}}\n", watch_seconds=0.1)
-    controller = Controller(Journal(tmp_path / "run"), engines, config.load(), missing)
+    controller = Controller(Journal(tmp_path / "run", "a"), engines, config.load(), missing)
 
     async def scenario() -> None:
         await until(lambda: controller.journal.read().file is not None)

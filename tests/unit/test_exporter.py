@@ -176,7 +176,7 @@ def test_the_only_run_folder_is_found(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(rundir, "_base", lambda: tmp_path)
     assert cli.main(["exporter"]) == 1
     assert "0 run folders of running servers found here (none); name one with --run-dir" in capsys.readouterr().err
-    mine = tmp_path / f"sluice-{os.getuid()}-{os.getpid()}-{rundir._start_ticks(os.getpid())}"
+    mine = tmp_path / f"sluice-{os.getuid()}-{os.getpid()}-{rundir.start_ticks(os.getpid())}"
     for folder in (mine, tmp_path / f"sluice-{os.getuid()}-{ended_process()}-77", tmp_path / "sluice-notes"):
         folder.mkdir()
     assert rundir.of_running_servers() == [mine]

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,8 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from vllm_sluice import __version__
-from vllm_sluice.config import RUN_DIR_VARIABLE, Telemetry
+from vllm_sluice.config import RUN_DIR_VARIABLE, SERVER_VARIABLE, Telemetry
+from vllm_sluice.rank import rank_info
 from vllm_sluice.telemetry import rundir
 from vllm_sluice.telemetry.collector import SnapshotCollector
 from vllm_sluice.telemetry.snapshot import SUFFIX, RankInfo, Series, SnapshotReader, SnapshotWriter
@@ -126,6 +128,60 @@ def test_the_run_folder_is_announced_to_children_and_swept_when_its_server_is_go
     rundir.create(chosen)
     assert chosen.stat().st_mode & 0o777 == 0o700
     assert not stale.exists()
+
+
+SERVER = """
+import multiprocessing, os, sys
+from vllm_sluice.config import Telemetry
+from vllm_sluice.telemetry import rundir
+
+def child():
+    rundir.announce(Telemetry())
+    print(os.environ["SLUICE_RUN_DIR"], rundir.server(), flush=True)
+
+if __name__ == "__main__":
+    rundir.announce(Telemetry())
+    for method in ("spawn", "fork", "spawn"):
+        process = multiprocessing.get_context(method).Process(target=child)
+        process.start()
+        process.join()
+"""
+
+
+def test_processes_of_a_server_share_an_identity_and_the_next_server_in_its_folder_has_another(tmp_path):
+    program = tmp_path / "server.py"
+    program.write_text(SERVER)
+    environment = {**os.environ, RUN_DIR_VARIABLE: str(tmp_path / "run"), SERVER_VARIABLE: ""}
+
+    def identities() -> set[str]:
+        done = subprocess.run(
+            [sys.executable, str(program)], env=environment, capture_output=True, text=True, check=True
+        )
+        folders, found = zip(*map(str.split, done.stdout.splitlines()), strict=True)
+        assert set(folders) == {str(tmp_path / "run")}
+        assert len(found) == 3
+        return set(found)
+
+    first, second = identities(), identities()
+    assert len(first) == len(second) == 1
+    assert first != second
+
+
+def test_another_process_with_the_number_of_a_rank_is_not_that_rank(tmp_path):
+    one = [Series("sluice_gate_mean", (("layer", "000"),))]
+    me = info("pp0-tp0")
+    for rank, ticks in (("pp0-tp0", rundir.start_ticks(os.getpid())), ("pp0-tp1", "1"), ("pp0-tp2", "")):
+        about = replace(me, rank=rank, start_ticks=ticks)
+        SnapshotWriter(tmp_path / f"{rank}{SUFFIX}", about, one).write(np.array([0.5]))
+    found = [snapshot.info.rank for snapshot in SnapshotCollector(tmp_path).snapshots()]
+    assert found == ["pp0-tp0", "pp0-tp2"]  # without ticks, as older versions write it, the number decides
+
+
+def test_a_rank_says_when_its_process_started():
+    load = SimpleNamespace(rank=lambda: "pp0-tp0", engine="0", served_name="twin")
+    about = rank_info(load, "0.1.0", "abc")
+    assert (about.pid, about.start_ticks) == (os.getpid(), rundir.start_ticks(os.getpid()))
+    assert about.start_ticks
 
 
 # ------------------------------------------------------------------------------------------- ranks of another version

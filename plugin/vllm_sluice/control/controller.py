@@ -19,6 +19,7 @@ from vllm_sluice.control.followed_file import FollowedFile
 from vllm_sluice.control.journal import Change, Journal, Record, write_whole
 from vllm_sluice.control.state import Installed, Refused, Values
 from vllm_sluice.control.switch import AlreadyPaused, Engines, StillPaused, SwitchFailed, switch
+from vllm_sluice.telemetry import rundir
 
 logger = logging.getLogger("vllm.sluice.control")
 
@@ -199,7 +200,8 @@ class Controller:
         generation = record.generation + 1
         began, clock = time.time(), time.monotonic()
         ranks = self.applied().keys()
-        switching = {"pid": os.getpid(), "since": began, "paused": pause}
+        pid = os.getpid()
+        switching = {"pid": pid, "start_ticks": rundir.start_ticks(pid), "since": began, "paused": pause}
         self.journal.update(switching=switching)
         error: Exception | None = None
         try:

@@ -151,7 +151,7 @@ class Follower:
         if record.switching is not None:
             if record.switching.get("abandoned"):
                 return "the engine did not resume after a switch"
-            dead = not rundir.alive(record.switching["pid"])
+            dead = not rundir.alive(record.switching["pid"], record.switching["start_ticks"])
             return "an API server died in the middle of a switch" if dead else None
         late = [rank for rank, generation in self._controller.applied().items() if generation != record.generation]
         self._lagging = self._lagging + 1 if late else 0

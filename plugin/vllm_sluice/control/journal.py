@@ -68,7 +68,8 @@ class Record:
     admin
         What was set over HTTP, by dotted key.
     switching
-        `{"pid", "since", "paused"}` of a change under way; `"abandoned": true` if its process lives but gave up.
+        `{"pid", "start_ticks", "since", "paused"}` of a change under way; `"abandoned": true` if its process lives but
+        gave up.
     paused_since
         Since when somebody else keeps the engine paused, seconds since the epoch.
     file
@@ -93,10 +94,19 @@ class Record:
 
 
 class Journal:
-    """Reads and writes the shared state in a server's run folder."""
+    """Reads and writes the shared state in a server's run folder.
 
-    def __init__(self, folder: Path) -> None:
+    Parameters
+    ----------
+    folder
+        The run folder. It may outlive a server: then the shared state begins afresh, and the audit goes on.
+    server
+        Identity of the server (`rundir.server`).
+    """
+
+    def __init__(self, folder: Path, server: str) -> None:
         self._folder = folder
+        self._server = server
         self._state = folder / "control.json"
         self._changes = folder / "changes.jsonl"
         self._lock = folder / "control.lock"
@@ -104,11 +114,13 @@ class Journal:
         self._trial: tuple[tuple[int, ...], dict[str, Any] | None] = ((), None)
 
     def read(self) -> Record:
-        """Return the shared state; that of a fresh server if there is none yet."""
+        """Return the shared state; that of a fresh server if there is none yet, or only a former server's."""
         try:
-            return Record(**json.loads(self._state.read_text()))
+            found = json.loads(self._state.read_text())
         except FileNotFoundError:
             return Record()
+        # The ranks of a new server run what the settings say, whatever those of the former one had last.
+        return Record(**found) if found.pop("server", None) == self._server else Record()
 
     def trial(self) -> dict[str, Any] | None:
         """Return the guard's trial under way; reads the file only when it has changed."""
@@ -120,7 +132,7 @@ class Journal:
     def write(self, record: Record) -> None:
         """Replace the shared state; for the holder of the lock."""
         rundir.create(self._folder)
-        write_whole(self._state, json.dumps(asdict(record)))
+        write_whole(self._state, json.dumps({"server": self._server, **asdict(record)}))
 
     def update(self, **values: Any) -> Record:
         """Replace some fields of the shared state; for the holder of the lock."""

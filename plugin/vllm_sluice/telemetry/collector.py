@@ -38,8 +38,8 @@ logger = logging.getLogger("vllm.sluice")
 
 
 def process_lives(snapshot: Snapshot) -> bool:
-    """Tell whether the process that wrote a snapshot exists."""
-    return rundir.alive(snapshot.info.pid)
+    """Tell whether the process that wrote a snapshot exists; another one may have got its number since."""
+    return rundir.alive(snapshot.info.pid, snapshot.info.start_ticks)
 
 
 class SnapshotCollector(Collector):

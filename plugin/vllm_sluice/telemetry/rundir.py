@@ -1,4 +1,4 @@
-"""The folder that holds the snapshots of one server, found by all its processes through `SLUICE_RUN_DIR`."""
+"""The folder of one server, found by all its processes through `SLUICE_RUN_DIR`, and the server's identity."""
 
 from __future__ import annotations
 
@@ -7,25 +7,37 @@ import contextlib
 import os
 import shutil
 import tempfile
+import uuid
 from pathlib import Path
 
-from vllm_sluice.config import RUN_DIR_VARIABLE, Telemetry
+from vllm_sluice.config import RUN_DIR_VARIABLE, SERVER_VARIABLE, Telemetry
 
 _NAME = "sluice-"
 
 
 def announce(telemetry: Telemetry) -> Path:
-    """Choose the folder in the server's first process; its children inherit the choice. Creates nothing.
+    """Choose folder and identity in the server's first process; its children inherit the choice. Creates nothing.
 
-    The folder is removed when the first process ends, or by the next server's `create`.
+    The folder is removed when the first process ends, or by the next server's `create`; one that the user named stays.
     """
+    if not os.environ.get(SERVER_VARIABLE):
+        os.environ[SERVER_VARIABLE] = uuid.uuid4().hex
     chosen = os.environ.get(RUN_DIR_VARIABLE)
     if not chosen:
         base = Path(telemetry.run_dir) if telemetry.run_dir else _base()
-        chosen = str(base / f"{_NAME}{os.getuid()}-{os.getpid()}-{_start_ticks(os.getpid())}")
+        chosen = str(base / f"{_NAME}{os.getuid()}-{os.getpid()}-{start_ticks(os.getpid())}")
         atexit.register(_remove_at_exit, Path(chosen), os.getpid())
         os.environ[RUN_DIR_VARIABLE] = chosen
     return Path(chosen)
+
+
+def server() -> str:
+    """Return the identity of the server that this process belongs to, as `announce` chose it.
+
+    A folder that the user named outlives a server, and in a container the next one has the same process numbers, so
+    the identity is a random one.
+    """
+    return os.environ[SERVER_VARIABLE]
 
 
 def create(folder: Path) -> None:
@@ -33,7 +45,7 @@ def create(folder: Path) -> None:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     for other in folder.parent.glob(f"{_NAME}{os.getuid()}-*"):
         pid, _, ticks = other.name.removeprefix(f"{_NAME}{os.getuid()}-").partition("-")
-        if other != folder and pid.isdigit() and _start_ticks(int(pid)) != ticks:
+        if other != folder and pid.isdigit() and start_ticks(int(pid)) != ticks:
             shutil.rmtree(other, ignore_errors=True)
 
 
@@ -44,7 +56,7 @@ def of_running_servers() -> list[Path]:
 
 def _is_served(folder: Path) -> bool:
     pid, _, ticks = folder.name.removeprefix(f"{_NAME}{os.getuid()}-").partition("-")
-    return pid.isdigit() and ticks != "" and _start_ticks(int(pid)) == ticks
+    return pid.isdigit() and ticks != "" and start_ticks(int(pid)) == ticks
 
 
 def _remove_at_exit(folder: Path, owner: int) -> None:
@@ -52,15 +64,16 @@ def _remove_at_exit(folder: Path, owner: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def alive(pid: int) -> bool:
-    """Tell whether a process exists."""
+def alive(pid: int, ticks: str) -> bool:
+    """Tell whether the process with this number that started at `ticks` exists; without ticks, any with the number."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
-    return True
+        pass
+    now = start_ticks(pid)
+    return now == ticks or not (now and ticks)
 
 
 def _base() -> Path:
@@ -68,7 +81,7 @@ def _base() -> Path:
     return shared_memory if os.access(shared_memory, os.W_OK) else Path(tempfile.gettempdir())
 
 
-def _start_ticks(pid: int) -> str:
+def start_ticks(pid: int) -> str:
     """Return when a process started, in clock ticks since boot (field 22 of /proc/PID/stat), or '' if it is gone."""
     with contextlib.suppress(OSError, IndexError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]

@@ -43,6 +43,8 @@ class RankInfo:
         Place in the engine, such as `pp0-tp1`.
     engine
         Data-parallel index as text.
+    start_ticks
+        When the process started, in clock ticks since boot: a later process may get its number. Empty if unknown.
     """
 
     pid: int
@@ -52,6 +54,7 @@ class RankInfo:
     version: str
     vllm_version: str
     fingerprint: str
+    start_ticks: str = ""
 
 
 class SnapshotWriter:
