@@ -145,9 +145,9 @@ def test_cached_prompts_follow_the_state(server, fresh):
             assert apart(logprobs(server, prompt), fresh[enabled]) < EXACT
 
 
-def test_a_request_in_flight_goes_on_under_the_new_state(server):
+def switched_in_the_middle(server, ids: list[int]) -> tuple[list[int], list[float], int]:
+    """Generate 400 tokens, switch the gate off meanwhile, and return them with how many came before at most."""
     switch(server, True)
-    ids = server.complete(passages()[51][:200], 1)["choices"][0]["prompt_token_ids"]
     tokens: list[int] = []
     values: list[float] = []
 
@@ -160,12 +160,20 @@ def test_a_request_in_flight_goes_on_under_the_new_state(server):
     reader.start()
     while len(tokens) < 20:
         time.sleep(0.005)
-    before = len(tokens)
     switch(server, False)
     after = len(tokens) + 20  # some may be on their way; all that come after these are of the new state
     reader.join(120)
     assert len(tokens) == 400
-    assert before <= after < 380, "the request was over before the switch"
+    return tokens, values, after
+
+
+def test_a_request_in_flight_goes_on_under_the_new_state(server):
+    ids = server.complete(passages()[51][:200], 1)["choices"][0]["prompt_token_ids"]
+    for _ in range(5):  # on a busy machine the request may be over before the switch is
+        tokens, values, after = switched_in_the_middle(server, ids)
+        if after < 380:
+            break
+    assert after < 380, "the request was over before the switch, five times"
     again = list(stream(server, ids + tokens[:after], 400 - after))
     assert [token for token, _ in again] == tokens[after:]
     assert apart([value for _, value in again], values[after:]) < EXACT
