@@ -128,6 +128,7 @@ def test_alerts_for_several_machines(tmp_path):
     output(tool("promtool"), "test", "rules", tests)
     for old, new in (("up == 1", "up >= 0"), (" unless on (job, instance) vllm:", " and on (job, instance) vllm:"),
                      ("unless on (job, instance)\n", "and on (job, instance)\n"), ("[2m])) > 0", "[2m])) >= 0"),
+                     ("            vllm:num_requests_running{server!=\"\"}\n", "            up\n"),
                      ("for: 2m", "for: 9m"), ("for: 1m", "for: 9m")):  # fmt: skip
         text = NODE_ALERTS.read_text()
         assert old in text
