@@ -529,7 +529,16 @@ def test_a_scrape_that_fails_or_lacks_a_rank_costs_nothing(sluice, server, tmp_p
     meanwhile(server, fail)
     status, _, err = sluice("record", "--url", server.url, "--seconds", "0.5", "--output", tmp_path / "b.json")
     assert status == 0, err
-    assert "trying again for 60 s" in err
+    assert "trying again for 55 s" in err
+
+
+def test_an_answer_that_comes_when_the_window_has_moved_on_is_refused(sluice, server, tmp_path):
+    server.values |= {WINDOW: 1.2, ("sluice_telemetry_interval_seconds", ""): 0.1}
+    meanwhile(server, lambda since: time.sleep(1.2 if since == 0 else 0))
+    status, _, err = sluice("record", "--url", server.url, "--seconds", "3", "--output", tmp_path / "b.json")
+    assert status == 1
+    assert "the answer came so late that the window no longer holds all that was seen" in err
+    assert not (tmp_path / "b.json").exists()
 
 
 def test_a_server_that_is_away_while_it_restarts_was_restarted(sluice, server, tmp_path):

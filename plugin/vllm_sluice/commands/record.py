@@ -91,8 +91,12 @@ def from_server(url: str, seconds: float) -> tuple[str, Sections]:
     _check_unmixed(first)
     _say(f"listening to {url} for {seconds:g} s, {state_text(patches)}")
     until = time.monotonic() + seconds
-    # The window holds at least two intervals, so looking this often misses nothing.
-    period = 2 * first.largest("sluice_telemetry_interval_seconds", 1.0)
+    interval, window = first.largest("sluice_telemetry_interval_seconds", 1.0), _window(first)
+    # A window forgets a slot, a twelfth, at a time, and what it holds was published up to an interval ago.
+    held = window * 11 / 12 - interval
+    period = max(interval, min(2 * interval, held))
+    held = max(min(held, _PATIENCE_SECONDS), 1.5 * period)
+    seen = time.monotonic()
     while True:
         _check_same_server(first, last)
         _check_same_state(first, last)
@@ -101,7 +105,8 @@ def from_server(url: str, seconds: float) -> tuple[str, Sections]:
         if left <= 0:
             break
         time.sleep(min(period, left))
-        last = _scrape_again(client, first.ranks, period, _window(first))
+        last = _scrape_again(client, first.ranks, period, seen + held)
+        seen = time.monotonic()
     tokens = last.total("sluice_tokens_observed_total") - first.total("sluice_tokens_observed_total")
     if tokens <= 0 or recorder.empty:
         raise Problem(f"no token was seen in {seconds:g} s; record while there is traffic")
@@ -125,19 +130,20 @@ def _window(scrape: _Scrape) -> float:
     return scrape.largest("sluice_telemetry_window_seconds", 60.0)
 
 
-def _scrape_again(client: Any, ranks: set[str], period: float, window: float) -> _Scrape:
+def _scrape_again(client: Any, ranks: set[str], period: float, until: float) -> _Scrape:
     """Scrape in the middle of a recording, again and again until the same ranks answer.
 
-    Nothing is missed as long as the window holds what was seen meanwhile: a server that is too busy for one scrape, or
-    a rank that was just writing its snapshot, do not cost the recording.
+    Nothing is missed as long as the window holds what was seen meanwhile, `until` this time (`time.monotonic`): a
+    server that is too busy for one scrape, or a rank that was just writing its snapshot, do not cost the recording.
     """
-    until = time.monotonic() + min(window, _PATIENCE_SECONDS) - period
     told = False
     while True:
         try:
             scrape = _scrape(client)
-            if scrape.ranks == ranks:
+            if scrape.ranks == ranks and time.monotonic() <= until:
                 return scrape
+            if scrape.ranks == ranks:
+                raise Problem("the answer came so late that the window no longer holds all that was seen")
             before, after = (", ".join(sorted(names)) or "none" for names in (ranks, scrape.ranks))
             failure = Problem(f"the ranks that report have changed, from {before} to {after}; see the server's log")
         except Problem as problem:
