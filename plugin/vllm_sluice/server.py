@@ -92,6 +92,11 @@ class SluiceEndpoint:
                 f"{len(found)} of {expected} ranks report on this machine; ranks on other machines, or without the "
                 "plugin, cannot be switched from here"
             )
+        if len(found) > expected:
+            raise NotReady(
+                f"{len(found)} ranks report in the run folder, and this server has {expected}: several servers share "
+                "the folder; start each by itself, with a SLUICE_RUN_DIR of its own or none"
+            )
         return found
 
 

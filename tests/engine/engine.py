@@ -16,6 +16,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 import torch
 
 from vllm_sluice.config import RUN_DIR_VARIABLE, SERVER_VARIABLE
+from vllm_sluice.telemetry import rundir
 from vllm_sluice.telemetry.collector import SnapshotCollector
 
 EVERY_ROW = {
@@ -76,7 +77,8 @@ class Engine:
 
         with environment():
             entrypoints.register()  # vLLM loads plugins once a process; the first engine here may have Sluice off
-        own = {RUN_DIR_VARIABLE: str(run_dir), SERVER_VARIABLE: run_dir.name}
+        self.identity = f"{run_dir.name}-{os.getpid()}-{rundir.start_ticks(os.getpid())}"  # this process begins it
+        own = {RUN_DIR_VARIABLE: str(run_dir), SERVER_VARIABLE: self.identity}
         self._environment = {**own, **(EVERY_ROW if variables is None else variables)}
         self.run_dir = run_dir
         with environment(**self._environment):

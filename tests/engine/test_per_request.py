@@ -247,7 +247,7 @@ def test_a_guarded_trial_measures_what_its_groups_generate(make_engine, twin_gat
 
     alone = generate()
     assert engine.rpc("guard")["groups"] == {group: [0, 0.0, 0.0, 0] for group in GROUPS}
-    journal = Journal(engine.run_dir, engine.run_dir.name)
+    journal = Journal(engine.run_dir, engine.identity)
     journal.write(Record(guard=trial))
     try:
         found = generate()

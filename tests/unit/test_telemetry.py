@@ -18,7 +18,9 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from vllm_sluice import __version__
 from vllm_sluice.config import RUN_DIR_VARIABLE, SERVER_VARIABLE, Telemetry
+from vllm_sluice.control.controller import NotReady
 from vllm_sluice.rank import rank_info
+from vllm_sluice.server import SluiceEndpoint
 from vllm_sluice.telemetry import rundir
 from vllm_sluice.telemetry.collector import SnapshotCollector
 from vllm_sluice.telemetry.snapshot import SUFFIX, RankInfo, Series, SnapshotReader, SnapshotWriter
@@ -148,10 +150,11 @@ if __name__ == "__main__":
 """
 
 
-def test_processes_of_a_server_share_an_identity_and_the_next_server_in_its_folder_has_another(tmp_path):
+@pytest.mark.parametrize("left", ["", "5e-1-1"], ids=["nothing", "of-a-launcher"])
+def test_processes_of_a_server_share_an_identity_and_the_next_server_in_its_folder_has_another(tmp_path, left):
     program = tmp_path / "server.py"
     program.write_text(SERVER)
-    environment = {**os.environ, RUN_DIR_VARIABLE: str(tmp_path / "run"), SERVER_VARIABLE: ""}
+    environment = {**os.environ, RUN_DIR_VARIABLE: str(tmp_path / "run"), SERVER_VARIABLE: left}
 
     def identities() -> set[str]:
         done = subprocess.run(
@@ -164,7 +167,20 @@ def test_processes_of_a_server_share_an_identity_and_the_next_server_in_its_fold
 
     first, second = identities(), identities()
     assert len(first) == len(second) == 1
-    assert first != second
+    assert len({left, *first, *second}) == 3
+
+
+def test_servers_that_share_a_folder_switch_nothing(tmp_path):
+    endpoint = object.__new__(SluiceEndpoint)
+    endpoint._collector = SnapshotCollector(tmp_path)
+    applied = [Series("sluice_generation", (("rank", "pp0-tp0"), ("kind", "applied")))]
+    for engine in ("0", "1"):
+        SnapshotWriter(tmp_path / f"{engine}{SUFFIX}", info(engine=engine), applied).write(np.array([4.0]))
+    assert endpoint._applied(2) == {"dp0-pp0-tp0": 4, "dp1-pp0-tp0": 4}
+    with pytest.raises(NotReady, match="2 of 3 ranks report"):
+        endpoint._applied(3)
+    with pytest.raises(NotReady, match="2 ranks report in the run folder, and this server has 1: several servers"):
+        endpoint._applied(1)
 
 
 def test_another_process_with_the_number_of_a_rank_is_not_that_rank(tmp_path):
@@ -234,6 +250,27 @@ def test_a_rank_that_does_not_say_all_that_is_needed_is_left_out_and_told_once(t
     assert [record.getMessage() for record in caplog.records] == [
         f"sluice: a rank is left out: {path}, written by Sluice 0.0.1, lacks engine"
     ]
+
+
+@pytest.mark.parametrize(
+    "change", [lambda about: about.update(pid="12"), lambda about: about.update(start_ticks=5)], ids=["pid", "ticks"]
+)
+def test_a_header_of_another_form_costs_only_its_rank(tmp_path, change):
+    one = [Series("sluice_gate_mean", (("layer", "000"),))]
+    for rank in ("pp0-tp0", "pp0-tp1"):
+        SnapshotWriter(tmp_path / f"{rank}{SUFFIX}", info(rank), one).write(np.array([0.5]))
+    rewrite(tmp_path / f"pp0-tp1{SUFFIX}", change)
+    assert [snapshot.info.rank for snapshot in SnapshotCollector(tmp_path).snapshots()] == ["pp0-tp0"]
+
+
+def test_a_header_without_what_is_needed_is_a_value_error(tmp_path):
+    path = tmp_path / f"a{SUFFIX}"
+    SnapshotWriter(path, info(), [Series("sluice_gate_mean", (("layer", "000"),))]).write(np.array([0.5]))
+    whole = path.read_bytes()
+    assert whole.count(b'"series"') == 1
+    path.write_bytes(whole.replace(b'"series"', b'"tables"'))
+    with pytest.raises(ValueError, match="header of another form: KeyError: 'series'"):
+        SnapshotReader(path)
 
 
 def test_the_run_folder_is_removed_when_its_first_process_ends(tmp_path):

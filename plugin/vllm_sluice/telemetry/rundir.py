@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -20,8 +21,7 @@ def announce(telemetry: Telemetry) -> Path:
 
     The folder is removed when the first process ends, or by the next server's `create`; one that the user named stays.
     """
-    if not os.environ.get(SERVER_VARIABLE):
-        os.environ[SERVER_VARIABLE] = uuid.uuid4().hex
+    _choose_identity()
     chosen = os.environ.get(RUN_DIR_VARIABLE)
     if not chosen:
         base = Path(telemetry.run_dir) if telemetry.run_dir else _base()
@@ -29,6 +29,19 @@ def announce(telemetry: Telemetry) -> Path:
         atexit.register(_remove_at_exit, Path(chosen), os.getpid())
         os.environ[RUN_DIR_VARIABLE] = chosen
     return Path(chosen)
+
+
+def _choose_identity() -> None:
+    """Draw the identity, unless this process or the one that made it with `multiprocessing` has done so.
+
+    A process that was started otherwise begins a server, even where a notebook or launcher, which was one itself, left
+    its own identity in the environment.
+    """
+    own = f"-{os.getpid()}-{start_ticks(os.getpid())}"
+    inherited = os.environ.get(SERVER_VARIABLE, "")
+    begins = multiprocessing.parent_process() is None
+    if not inherited or (begins and not inherited.endswith(own)):
+        os.environ[SERVER_VARIABLE] = uuid.uuid4().hex + own
 
 
 def server() -> str:

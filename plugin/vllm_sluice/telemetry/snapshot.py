@@ -127,9 +127,12 @@ class SnapshotReader:
         if len(self._map) < _FIXED.size or self._map[: len(_MAGIC)] != _MAGIC:
             raise ValueError(f"{path} is not a Sluice snapshot")
         _, _, _, length = _FIXED.unpack(self._map[: _FIXED.size])
-        header: dict[str, Any] = json.loads(self._map[_FIXED.size : _FIXED.size + length])
-        self.info = _rank_info(header["info"], path)
-        written = [Series(m, tuple((k, v) for k, v in labels)) for m, labels in header["series"]]
+        header = json.loads(self._map[_FIXED.size : _FIXED.size + length])
+        try:
+            self.info = _rank_info(header["info"], path)
+            written = [Series(m, tuple((k, v) for k, v in labels)) for m, labels in header["series"]]
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} has a header of another form: {type(error).__name__}: {error}") from None
         known = [is_known(series) for series in written]
         self.series = tuple(series for series, kept in zip(written, known, strict=True) if kept)
         more = header["info"].keys() - {field.name for field in fields(RankInfo)}
@@ -158,7 +161,10 @@ def _rank_info(said: Mapping[str, Any], path: Path) -> RankInfo:
         raise ValueError(
             f"{path}, written by Sluice {said.get('version', 'of an unknown version')}, lacks {', '.join(missing)}"
         )
-    return RankInfo(**{field.name: said[field.name] for field in fields(RankInfo) if field.name in said})
+    known = {field.name: said[field.name] for field in fields(RankInfo) if field.name in said}
+    if not all(isinstance(value, int if name == "pid" else str) for name, value in known.items()):
+        raise ValueError(f"{path} says of its rank {known}, where pid is a number and the rest is text")
+    return RankInfo(**known)
 
 
 def _align(offset: int) -> int:
