@@ -71,6 +71,7 @@ def shortened_rules(folder: Path) -> Path:
         for rule in group["rules"]:
             if "for" in rule:
                 rule["for"] = "2s"
+            rule["expr"] = rule["expr"].replace("[10m:30s]", "[10s:1s]").replace("ratio[2m]", "ratio[2s]")
             if "keep_firing_for" in rule:
                 rule["keep_firing_for"] = "1s"
     path = folder / "rules.yml"
