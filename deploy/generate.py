@@ -80,17 +80,16 @@ def selected(expression: str) -> str:
 
 def made() -> Iterator[tuple[str, str]]:
     """Yield path and text of every file whose sources are there."""
-    operator = "deploy/kustomize/components/{}/prometheusrule.yaml"
     combined = node_rules()
     yield NODE_RULES, combined
-    yield operator.format("multi-node-rules"), prometheus_rule("sluice-multi-node", NODE_RULES, combined)
-    alerts = (ROOT / NODE_ALERTS).read_text()
-    path = operator.format("multi-node-rules").replace("prometheusrule", "prometheusrule-alerts")
-    yield path, prometheus_rule("sluice-multi-node-alerts", NODE_ALERTS, alerts)
-    yield operator.format("prometheus-operator"), prometheus_rule("sluice", RULES, (ROOT / RULES).read_text())
-    fleet = (ROOT / FLEET_RULES).read_text()
-    path = operator.format("prometheus-operator").replace("prometheusrule", "prometheusrule-fleet")
-    yield path, prometheus_rule("sluice-fleet", FLEET_RULES, fleet)
+    operator, node = "components/prometheus-operator/prometheusrule", "components/multi-node-rules/prometheusrule"
+    for path, name, source, rules in (
+        (node, "sluice-multi-node", NODE_RULES, combined),
+        (f"{node}-alerts", "sluice-multi-node-alerts", NODE_ALERTS, (ROOT / NODE_ALERTS).read_text()),
+        (operator, "sluice", RULES, (ROOT / RULES).read_text()),
+        (f"{operator}-fleet", "sluice-fleet", FLEET_RULES, (ROOT / FLEET_RULES).read_text()),
+    ):
+        yield f"deploy/kustomize/{path}.yaml", prometheus_rule(name, source, rules)
     names = sorted(path.stem for path in (ROOT / DASHBOARDS).glob("*.json"))
     yield "grafana/kustomization.yaml", dashboards(names)
 
