@@ -140,12 +140,13 @@ def _scrape_again(client: Any, ranks: set[str], period: float, until: float) -> 
     while True:
         try:
             scrape = _scrape(client)
-            if scrape.ranks == ranks and time.monotonic() <= until:
+            if scrape.ranks != ranks:
+                before, after = (", ".join(sorted(names)) or "none" for names in (ranks, scrape.ranks))
+                failure = Problem(f"the ranks that report have changed, from {before} to {after}; see the server's log")
+            elif time.monotonic() > until:
+                failure = Problem("the answer came so late that the window no longer holds all that was seen")
+            else:
                 return scrape
-            if scrape.ranks == ranks:
-                raise Problem("the answer came so late that the window no longer holds all that was seen")
-            before, after = (", ".join(sorted(names)) or "none" for names in (ranks, scrape.ranks))
-            failure = Problem(f"the ranks that report have changed, from {before} to {after}; see the server's log")
         except Problem as problem:
             failure = problem
         left = until - time.monotonic()
