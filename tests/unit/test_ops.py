@@ -148,8 +148,10 @@ def test_attention_summaries_equal_the_reference(heads, kv_heads):
     found = summarise(probabilities(query, by_block(keys, 8), positions, scale), positions)
     for index, position in enumerate(positions.tolist()):
         want = summary_reference(query[index], keys[index], position, scale)
+        # A probability next to 1 is rounded to a multiple of 2^-24, so the entropy, whose slope is 1 there, has an
+        # absolute error of some 1e-7 in float32 however small it is.
         for name, row in enumerate(want):
-            assert found[name, index].tolist() == pytest.approx(row, rel=1e-5, abs=1e-7)
+            assert found[name, index].tolist() == pytest.approx(row, rel=1e-5, abs=1e-6)
 
 
 def test_a_soft_cap_is_applied_before_the_softmax():
