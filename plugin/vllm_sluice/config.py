@@ -177,6 +177,17 @@ class Probes(_Strict):
         """Whether any probe is to be built into the model."""
         return any(getattr(self, kind).install for kind in type(self).model_fields)
 
+    @property
+    def enabled_in_vain(self) -> list[str]:
+        """Probes that are asked to look at tokens (`enabled: true`) but are not built into the model, unasked."""
+        found = []
+        for kind in type(self).model_fields:
+            section = getattr(self, kind)
+            asked = section.model_fields_set & {"install", "enabled"}
+            if asked == {"enabled"} and section.enabled and not section.install:
+                found.append(kind)
+        return found
+
 
 class Telemetry(_Strict):
     """How measurements reach `/metrics`."""

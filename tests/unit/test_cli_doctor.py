@@ -243,6 +243,15 @@ def test_an_ungated_checkpoint_gets_probes_only(examined, checkpoint):
     assert found["probes"]["value"] == "residual (3 layers), attention (3 layers)"
 
 
+def test_a_probe_that_is_enabled_but_not_built_in_is_pointed_out(examined, checkpoint, monkeypatch):
+    monkeypatch.setenv("SLUICE_PROBES__QUANTIZATION__ENABLED", "true")
+    status, found = examined(checkpoint())
+    assert status == 0
+    assert found["probe quantization"]["remedy"] == "set probes.quantization.install: true"
+    monkeypatch.setenv("SLUICE_PROBES__QUANTIZATION__INSTALL", "true")
+    assert "probe quantization" not in examined(checkpoint())[1]
+
+
 def test_layers_without_softmax_attention_need_no_gate(examined, checkpoint):
     kinds = ["full_attention", "linear_attention", "full_attention"]
     status, found = examined(checkpoint(gates=(0, 2), layer_types=kinds))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from tests.unit.test_ops import fresh
+from vllm_sluice.config import Config
 from vllm_sluice.ops.quantization import (
     LARGEST,
     PAIRS,
@@ -20,6 +23,7 @@ from vllm_sluice.ops.quantization import (
     quantize_reference,
 )
 from vllm_sluice.ops.residual import IGNORED, OTHER
+from vllm_sluice.probes.installer import ProbeSet
 from vllm_sluice.probes.quantization import _HEADROOMS, InstalledQuantization
 from vllm_sluice.telemetry.catalogue import QUANTIZED_PAIRS
 
@@ -136,3 +140,12 @@ def test_the_catalogue_names_what_the_probe_measures():
     assert QUANTIZED_PAIRS["sluice_quantization_snr_decibels"] == PAIRS
     assert all(number in LARGEST or number == "serving" for number, _ in _HEADROOMS)
     assert InstalledQuantization.reductions == {"peak": "max", "counts": "sum", "energies": "sum"}
+
+
+def test_a_probe_that_is_enabled_in_vain_is_named_in_the_log(caplog):
+    nothing = {kind: {"install": False} for kind in ("residual", "attention", "gate")}
+    with caplog.at_level(logging.WARNING, logger="vllm.sluice"):
+        ProbeSet(Config(probes={**nothing, "quantization": {"install": False, "enabled": True}}), nn.Module(), None, {})
+        assert caplog.text == ""
+        ProbeSet(Config(probes={**nothing, "quantization": {"enabled": True}}), nn.Module(), None, {})
+    assert "the probe is not built into the model; set probes.quantization.install" in caplog.text

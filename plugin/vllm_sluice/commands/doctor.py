@@ -358,6 +358,9 @@ def _plan(section: str, shape: Shape, pairs: list[GatePair], settings: config.Co
     gates = f"gate ({layers} layers)" if probes.gate.install and gated else ""
     quantization = f"quantization ({shape.layers} layers)" if probes.quantization.install else ""
     yield Finding(section, "probes", ", ".join(filter(None, (residual, attention, gates, quantization))) or "none")
+    for kind in probes.enabled_in_vain:
+        remedy = f"set probes.{kind}.install: true"
+        yield Finding(section, f"probe {kind}", "enabled is true, but it is not built into the model", "note", remedy)
 
 
 def _report(findings: list[Finding], wrong: int) -> list[str]:

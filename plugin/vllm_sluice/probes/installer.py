@@ -44,6 +44,11 @@ class ProbeSet:
             wanted["gate"] = lambda: self._gate(config, load, patches["gate"])
         if probes.quantization.install:
             wanted["quantization"] = lambda: self._quantization(config, model, load)
+        for kind in probes.enabled_in_vain:
+            compat.logger.warning(
+                "sluice: probes.%s.enabled is true, but the probe is not built into the model; set probes.%s.install",
+                kind, kind,
+            )  # fmt: skip
         for kind, build in wanted.items():
             try:
                 if problem := load.rows_problem:
