@@ -12,7 +12,7 @@ from prometheus_client.exposition import choose_encoder
 
 from vllm_sluice import compat, config
 from vllm_sluice.control import routes as control_routes
-from vllm_sluice.control.controller import Controller, NotReady
+from vllm_sluice.control.controller import Controller, Generations, NotReady
 from vllm_sluice.control.follower import Follower
 from vllm_sluice.control.journal import Journal
 from vllm_sluice.control.measured import server_values
@@ -67,7 +67,7 @@ class SluiceEndpoint:
             self._tasks.append(routes.start(self._history))
         if self._control.enabled:
             engines = compat.EngineClients(engine_client)
-            self._controller = Controller(self._journal, engines, self._loaded, lambda: self._applied(engines.ranks))
+            self._controller = Controller(self._journal, engines, self._loaded, lambda: self._generations(engines.ranks))
             if engines.index == 0:
                 self._tasks.append(asyncio.create_task(Follower(self._controller).follow(), name="sluice-follow"))
 
@@ -79,14 +79,18 @@ class SluiceEndpoint:
         except NotReady as error:
             return {"error": str(error), "writable": False}
 
-    def _applied(self, expected: int) -> Mapping[str, int]:
-        """Return the generation of every rank; an RPC to a worker without the plugin would corrupt vLLM's queue."""
-        found = {
-            f"dp{snapshot.info.engine}-{snapshot.info.rank}": int(value)
-            for snapshot in self._collector.snapshots()
-            for series, value in zip(snapshot.series, snapshot.values.tolist(), strict=True)
-            if series.metric == "sluice_generation" and dict(series.labels)["kind"] == "applied"
-        }
+    def _generations(self, expected: int) -> Mapping[str, Generations]:
+        """Return the generations of every rank; an RPC to a worker without the plugin would corrupt vLLM's queue."""
+        found = {}
+        for snapshot in self._collector.snapshots():
+            rank = f"dp{snapshot.info.engine}-{snapshot.info.rank}"
+            kinds = {
+                dict(series.labels)["kind"]: int(value)
+                for series, value in zip(snapshot.series, snapshot.values.tolist(), strict=True)
+                if series.metric == "sluice_generation"
+            }
+            if kinds:
+                found[rank] = Generations(kinds["desired"], kinds["applied"])
         if len(found) < expected:
             raise NotReady(
                 f"{len(found)} of {expected} ranks report on this machine; ranks on other machines, or without the "

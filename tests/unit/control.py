@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_sluice.config import Config, runtime_values
+from vllm_sluice.control.controller import Generations
 
 
 class MemoryRank:
@@ -17,7 +18,7 @@ class MemoryRank:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.generation = 0
+        self.generation = self.desired = 0
         started = Config()
         self.values: dict[str, dict[str, Any]] = {
             "gate": runtime_values(started.patches.gate),
@@ -29,6 +30,7 @@ class MemoryRank:
     def answer(self, operation: str, state: Mapping[str, Any] | None) -> dict[str, Any]:
         if operation == "apply":
             assert state is not None
+            self.desired = state["generation"]
             if state["generation"] in self.refuses:
                 return {"error": "RuntimeError: out of memory, say", "rank": self.name, "engine": "0"}
             for kinds in (state["patches"], state["probes"]):
@@ -83,5 +85,5 @@ class MemoryEngines:
     async def label(self, generation: int) -> None:
         self.log.append(f"label {generation}")
 
-    def applied(self) -> dict[str, int]:
-        return {f"dp0-{rank.name}": rank.generation for rank in self.ranks}
+    def generations(self) -> dict[str, Generations]:
+        return {f"dp0-{rank.name}": Generations(rank.desired, rank.generation) for rank in self.ranks}

@@ -173,14 +173,14 @@ def test_processes_of_a_server_share_an_identity_and_the_next_server_in_its_fold
 def test_servers_that_share_a_folder_switch_nothing(tmp_path):
     endpoint = object.__new__(SluiceEndpoint)
     endpoint._collector = SnapshotCollector(tmp_path)
-    applied = [Series("sluice_generation", (("rank", "pp0-tp0"), ("kind", "applied")))]
+    series = [Series("sluice_generation", (("rank", "pp0-tp0"), ("kind", kind))) for kind in ("desired", "applied")]
     for engine in ("0", "1"):
-        SnapshotWriter(tmp_path / f"{engine}{SUFFIX}", info(engine=engine), applied).write(np.array([4.0]))
-    assert endpoint._applied(2) == {"dp0-pp0-tp0": 4, "dp1-pp0-tp0": 4}
+        SnapshotWriter(tmp_path / f"{engine}{SUFFIX}", info(engine=engine), series).write(np.array([5.0, 4.0]))
+    assert endpoint._generations(2) == {"dp0-pp0-tp0": (5, 4), "dp1-pp0-tp0": (5, 4)}
     with pytest.raises(NotReady, match="2 of 3 ranks report"):
-        endpoint._applied(3)
+        endpoint._generations(3)
     with pytest.raises(NotReady, match="2 ranks report in the run folder, and this server has 1: several servers"):
-        endpoint._applied(1)
+        endpoint._generations(1)
 
 
 def test_another_process_with_the_number_of_a_rank_is_not_that_rank(tmp_path):

@@ -7,10 +7,10 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm_sluice import config
 from vllm_sluice.config import Loaded
@@ -40,6 +40,13 @@ class TrialUnderWay(RuntimeError):
     """The guard is trying a change, and nothing else is changed meanwhile."""
 
 
+class Generations(NamedTuple):
+    """The generation that a rank was asked for last, and the one that it has."""
+
+    desired: int
+    applied: int
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a change did: `changed` is empty if everything was as asked already.
@@ -66,17 +73,17 @@ class Controller:
         The engines.
     started
         The configuration that the server was started with.
-    applied
-        Returns the generation that each rank has applied, by name; raises `NotReady` if ranks are missing.
+    generations
+        Returns the generations of each rank, by name; raises `NotReady` if ranks are missing.
     """
 
     def __init__(
-        self, journal: Journal, engines: Engines, started: Loaded, applied: Callable[[], Mapping[str, int]]
+        self, journal: Journal, engines: Engines, started: Loaded, generations: Callable[[], Mapping[str, Generations]]
     ) -> None:
         self.journal = journal
         self.engines = engines
         self.started = started
-        self.applied = applied
+        self.generations = generations
         self.settings: config.Control = started.config.control
         self.file = FollowedFile(journal, started)
         self._installed: Installed | None = None
@@ -122,7 +129,7 @@ class Controller:
         """
         record = self.journal.read()
         before, after, _ = await self.target(record, edits)
-        changed = state.difference(before, after)
+        changed = state.difference(before, after) | await self._gone_off(edits, after)
         return Outcome(record.generation, changed, paused=state.touches_output(changed))
 
     # ------------------------------------------------------------------------------------------------ changing
@@ -177,7 +184,7 @@ class Controller:
                     "with DELETE guard"
                 )
             before, after, admin = await self.target(record, edits)
-            changed = state.difference(before, after)
+            changed = state.difference(before, after) | await self._gone_off(edits, after)
             if guarded and source == "admin" and self.settings.guard.enabled and (patch := _switched(changed)):
                 return self._try(record, patch, edits, changed, who)
             if not changed:
@@ -199,7 +206,7 @@ class Controller:
         pause = state.touches_output(changed)
         generation = record.generation + 1
         began, clock = time.time(), time.monotonic()
-        ranks = self.applied().keys()
+        ranks = self.generations().keys()
         pid = os.getpid()
         switching = {"pid": pid, "start_ticks": rundir.start_ticks(pid), "since": began, "paused": pause}
         self.journal.update(switching=switching)
@@ -256,6 +263,13 @@ class Controller:
         after = state.values_of(state.with_admin(layers, admin).config, installed)
         return before, after, admin
 
+    async def _gone_off(self, edits: Iterable[str], after: Values) -> dict[str, dict[str, Any]]:
+        """Return the probes that somebody asks for and that went off by themselves on some rank, after errors."""
+        asked = {probe: key for key in edits if (probe := state.probe_enabled_by(key)) and after.get(key)}
+        replies = await self._ask() if asked else []
+        off = {kind for reply in replies for kind, probe in reply["probes"].items() if not probe["values"]["enabled"]}
+        return {key: {"from": False, "to": True} for probe, key in asked.items() if probe in off}
+
     def _keep(self, record: Record, admin: Values) -> None:
         if admin == record.admin:
             return
@@ -267,7 +281,7 @@ class Controller:
                 logger.error("sluice: control.state_file %s cannot be written: %s", self.settings.state_file, error)
 
     async def _ask(self) -> list[Mapping[str, Any]]:
-        self.applied()
+        self.generations()
         replies = list(await self.engines.call("state"))
         bad = [reply for reply in replies if "error" in reply]
         if bad or not replies:

@@ -115,8 +115,8 @@ class Follower:
     async def _recover(self) -> None:
         """Finish what an API server left behind that died in the middle of a switch, and bring back late ranks.
 
-        A rank is late if its generation is not the journal's although no change is under way, as after a restart of
-        its engine alone. What is cached then may belong to another state, so the engine is paused in any case.
+        A rank is late if the generation that it has, or was asked for last, is not the journal's although no change is
+        under way, as after a restart of its engine alone. What is cached then may belong to another state, so the engine is paused in any case.
         """
         if time.monotonic() < self._not_before["recover"] or not self._left_behind():
             return
@@ -130,7 +130,7 @@ class Follower:
             logger.error("sluice: %s; applying generation %d again", why, record.generation)
             payload = state.payload(values, record.generation)
             self._not_before["recover"] = time.monotonic() + _AFTER_FAILURE
-            pause, ranks = bool(installed.patches) or owned, self._controller.applied().keys()
+            pause, ranks = bool(installed.patches) or owned, self._controller.generations().keys()
             began, error = time.time(), None
             try:
                 await switch(self._controller.engines, payload, payload, pause=pause, ranks=ranks, owned=owned)
@@ -153,7 +153,8 @@ class Follower:
                 return "the engine did not resume after a switch"
             dead = not rundir.alive(record.switching["pid"], record.switching["start_ticks"])
             return "an API server died in the middle of a switch" if dead else None
-        late = [rank for rank, generation in self._controller.applied().items() if generation != record.generation]
+        ranks = self._controller.generations()
+        late = [rank for rank, generations in ranks.items() if set(generations) != {record.generation}]
         self._lagging = self._lagging + 1 if late else 0
         return f"rank {late[0]} has another generation" if self._lagging > 3 else None
 

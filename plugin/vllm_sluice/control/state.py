@@ -124,6 +124,12 @@ def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str,
     }
 
 
+def probe_enabled_by(key: str) -> str | None:
+    """Return the probe that a key switches on and off, if it does that."""
+    section, kind, name = key.split(".")
+    return kind if section == "probes" and name == "enabled" else None
+
+
 def touches_output(changed: Iterable[str]) -> bool:
     """Tell whether a change alters what the model computes, so that cached keys and values become stale."""
     return any(key.startswith("patches.") for key in changed)
