@@ -228,7 +228,7 @@ class Guard(_Strict):
     """Trying a switched patch on a share of the requests before it is switched for all."""
 
     enabled: bool = False
-    """Guard every change of `patches.*.enabled` that is made over HTTP."""
+    """Guard every change of `patches.*.enabled` alone that is made over HTTP."""
     share: Annotated[float, Field(gt=0, le=0.5)] = 0.1
     """Share of the requests that run under the new state."""
     window_seconds: Annotated[float, Field(ge=1, le=86_400)] = 60.0

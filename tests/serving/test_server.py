@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.alerts.test_rules import IN_RUNBOOKS, VLLM
 from tests.browser import Browser
 from tests.conftest import need_program, passages
 from tests.engine.expected import expected
@@ -70,7 +71,8 @@ def test_every_metric_of_the_catalogue_is_on_metrics(server, sent):
         if metric.name.startswith(("sluice_baseline_", "sluice_quantization_"))
     }
     assert names == {metric.name.removeprefix("sluice_") for metric in CATALOGUE} - absent
-    assert "vllm:num_requests_running" in get(f"{server.url}/metrics")
+    page = get(f"{server.url}/metrics")
+    assert [name for name in {*VLLM, *IN_RUNBOOKS} if f"\n{name}{{" not in page] == []
 
 
 def test_promtool_finds_nothing_to_complain_about(server, sent):
