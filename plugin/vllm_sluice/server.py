@@ -67,7 +67,9 @@ class SluiceEndpoint:
             self._tasks.append(routes.start(self._history))
         if self._control.enabled:
             engines = compat.EngineClients(engine_client)
-            self._controller = Controller(self._journal, engines, self._loaded, lambda: self._generations(engines.ranks))
+            self._controller = Controller(
+                self._journal, engines, self._loaded, lambda: self._generations(engines.ranks)
+            )
             if engines.index == 0:
                 self._tasks.append(asyncio.create_task(Follower(self._controller).follow(), name="sluice-follow"))
 

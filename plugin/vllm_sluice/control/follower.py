@@ -116,7 +116,8 @@ class Follower:
         """Finish what an API server left behind that died in the middle of a switch, and bring back late ranks.
 
         A rank is late if the generation that it has, or was asked for last, is not the journal's although no change is
-        under way, as after a restart of its engine alone. What is cached then may belong to another state, so the engine is paused in any case.
+        under way, as after a restart of its engine alone. What is cached then may belong to another state, so the
+        engine is paused in any case.
         """
         if time.monotonic() < self._not_before["recover"] or not self._left_behind():
             return
