@@ -39,6 +39,7 @@ VALUES = {
     "probe": ("residual", "attention", "gate"), "result": ("applied", "failed"), "kind": ("desired", "applied"),
     "version": ("0.1.0",), "vllm_version": ("0.32.0",), "fingerprint": ("0123456789abcdef",), "group": ("rest",),
     "baseline": ("0123456789abcdef",), "patches": ("gate",),
+    "parameter": ("temperature", "floor"),
 }  # fmt: skip
 ABSENT_BY_DEFAULT = ("sluice_guard_", "sluice_quantization_")
 """What exists only in a guard's trial, or with the quantization probe."""

@@ -247,6 +247,9 @@ class Rank:
         for kind in self._kinds:
             for name in ("installed", "enabled", "last_change_timestamp_seconds"):
                 named.append(Series(f"sluice_patch_{name}", (("patch", kind),)))
+        for kind, patch in self._patches.items():
+            for name in patch.parameters:
+                named.append(Series("sluice_patch_parameter", (("patch", kind), ("parameter", name))))
         for kind in ("desired", "applied"):
             named.append(Series("sluice_generation", (("rank", self._info.rank), ("kind", kind))))
         for kind in PROBE_KINDS:
@@ -262,6 +265,8 @@ class Rank:
         for kind in self._kinds:
             patch = self._patches.get(kind)
             values += [patch is not None, patch.enabled if patch else np.nan, self._changed.get(kind, np.nan)]
+        for installed in self._patches.values():
+            values += installed.parameters.values()
         values += [self._desired, self._applied]
         enabled = {probe.kind: float(probe.enabled) for probe in self._probes}
         for kind in PROBE_KINDS:

@@ -37,6 +37,7 @@ VALUES: dict[str, tuple[str, ...]] = {
     "site": ("hidden",), "format": ("int8",), "scale": ("static",), "patch": ("gate",), "probe": ("residual",),
     "result": ("applied",), "kind": ("desired", "applied"), "version": ("0.1.0",), "vllm_version": ("0.32.0",),
     "fingerprint": ("f",), "baseline": ("b",), "patches": ("gate",), "group": ("rest",),
+    "parameter": ("temperature",),
 }  # fmt: skip
 GAUGES = {
     "activation_abs_max": 40.0, "activation_max_to_median_ratio": 90.0, "attention_sink_mass": 0.2,

@@ -102,6 +102,8 @@ def test_a_disabled_gate_is_bit_identical_when_compiled_and_switching_compiles_n
     assert metrics["patch_enabled", "gate"] == 1
     assert metrics["generation", "pp0-tp0", "applied"] == 8
     assert metrics["patch_last_change_timestamp_seconds", "gate"] > 1.7e9
+    assert metrics["patch_parameter", "gate", "temperature"] == 1
+    assert metrics["patch_parameter", "gate", "floor"] == 0
 
 
 def test_a_plugin_without_patches_and_probes_installs_nothing(make_engine, twin_vanilla):

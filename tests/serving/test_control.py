@@ -227,8 +227,12 @@ def test_of_several_writers_with_one_generation_one_wins(server):
         return request(server, "PUT", "patches/gate", {"floor": floor + 0.01 * (index + 1)}, **headers)[0]
 
     with ThreadPoolExecutor(8) as pool:
-        statuses = sorted(pool.map(write, range(8)))
-    assert statuses == [200] + 7 * [412]
+        statuses = list(pool.map(write, range(8)))
+    assert sorted(statuses) == [200] + 7 * [412]
+    written = floor + 0.01 * (statuses.index(200) + 1)
+    metrics = server.settled(("patch_parameter", "gate", "floor"), written)
+    assert metrics["patch_parameter", "gate", "floor"] == written
+    assert metrics["patch_parameter", "gate", "temperature"] == 1
     assert request(server, "PUT", "patches/gate", {"floor": None})[0] == 200
 
 

@@ -67,6 +67,7 @@ _LABELS = """\
 | `baseline`, `patches` | hash of the baseline's section in force, and its patch state, such as `gate=1` |
 | `group` | `canary`, which runs under the new state, or `rest` |
 | `patch`, `probe` | kind of the patch or probe |
+| `parameter` | a run-time parameter of the patch, such as `temperature` |
 | `kind` | of `sluice_generation`: `desired` or `applied` |
 """
 _HEAD = """\

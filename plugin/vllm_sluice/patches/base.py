@@ -72,6 +72,11 @@ class InstalledPatch(ABC):
         """Whether the patch acts on requests that do not say otherwise."""
         return bool(self.runtime["enabled"])
 
+    @property
+    def parameters(self) -> dict[str, float]:
+        """The kind's run-time parameters by name, in the order of its settings."""
+        return {name: float(value) for name, value in self.runtime.items() if name != "enabled"}
+
     def set(self, values: Mapping[str, Any]) -> None:
         """Take run-time values, `enabled` and the kind's parameters, from the next forward pass on."""
         self.runtime |= values
