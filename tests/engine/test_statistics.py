@@ -214,8 +214,9 @@ def test_a_probe_that_fails_does_not_stop_the_server(make_engine, twin_gated, pr
     from vllm_sluice.probes.attention import InstalledAttention
 
     engine = make_engine(twin_gated, {**EVERY_ROW, "SLUICE_TELEMETRY__WINDOW_SECONDS": "3002"})
-    monkeypatch.setattr(InstalledAttention, "after", lambda self, batch: 1 / 0)
-    assert len(engine.generate([prompts[0]], 12)[0]) == 12
+    with monkeypatch.context() as broken:
+        broken.setattr(InstalledAttention, "after", lambda self, batch: 1 / 0)
+        assert len(engine.generate([prompts[0]], 12)[0]) == 12
     metrics = engine.metrics()
     assert metrics["probe_errors_total", "attention"] == 10
     assert engine.rpc("state")["probes"]["attention"]["values"]["enabled"] is False
@@ -224,6 +225,12 @@ def test_a_probe_that_fails_does_not_stop_the_server(make_engine, twin_gated, pr
     assert metrics["probe_failed", "residual"] == 0
     engine.rpc("apply", {"generation": 1, "probes": {"attention": {"enabled": False}}})
     assert engine.metrics()["probe_failed", "attention"] == 0  # somebody decided that it is off
+    engine.rpc("apply", {"generation": 2, "probes": {"attention": {"enabled": True}}})
+    engine.generate([prompts[0]], 4)
+    metrics = engine.metrics()
+    assert metrics["probe_enabled", "attention"] == 1
+    assert metrics["queries_sampled_total", "decode"] == 3
+    assert metrics["probe_errors_total", "attention"] == 10
 
 
 def test_a_probe_that_fails_between_its_samples_does_not_stop_the_model(make_engine, twin_gated, prompts, monkeypatch):
