@@ -57,7 +57,7 @@ docs: install ## write what is generated: docs/metrics.md, the dashboards, the K
 
 pictures: install ## draw docs/dashboards/*.png with Grafana's components (needs nodejs, npm and chromium)
 	@$(BIN)/python -m tests.grafana.pictures.take
-	@$(BIN)/python -m tests.grafana.pictures.take sluice-patches --recorded
+	@$(BIN)/python -m tests.grafana.pictures.take sluice-overview sluice-patches sluice-quantization --recorded
 
 bench: install ## measurements in bench/, if there are any
 	@set -e; for file in $(wildcard bench/bench_*.py); do echo "$$file"; $(BIN)/python "$$file"; done

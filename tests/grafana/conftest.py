@@ -22,5 +22,13 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stretch]:
 
 
 @pytest.fixture(scope="session")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stretch]:
+    """The recorded hour as a server without baseline, quantization probe, guard and rules would show it."""
+    without = ("sluice_baseline_", "sluice_quantization_", "sluice_guard_", "ALERTS")
+    with stretches.recorded(tmp_path_factory.mktemp("bare"), without) as stretch:
+        yield stretch
+
+
+@pytest.fixture(scope="session")
 def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("engine")

@@ -62,9 +62,17 @@ def _matchers(board: Board) -> Iterator[str]:
     for where, expr in _expressions(board):
         for selector in promql.selectors(expr):
             labels = ["job", "instance"] + ([] if selector.metric.startswith("scrape_") else ["model_name", "engine"])
+            # Not every alert has all of these labels.
+            wanted = "=~${}|" if selector.metric == "ALERTS" else "=~${}"
             for label in labels:
-                if selector.matchers.get(label) != f"=~${label}":
-                    yield f'{where}: {selector.metric} without {label}=~"${label}"'
+                if selector.matchers.get(label) != wanted.format(label):
+                    yield f"{where}: {selector.metric} without {label}{wanted.format(label)}"
+
+
+def _tiles_now(board: Board) -> Iterator[str]:
+    for panel in boards.panels(board):
+        if panel["type"] == "stat" and not all(target["instant"] for target in panel["targets"]):
+            yield f"{panel['title']}: asks over the time range, so it shows the last value of what is gone"
 
 
 def _counters(board: Board) -> Iterator[str]:
@@ -254,6 +262,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 _RULES: tuple[Callable[[Board], Iterator[str]], ...] = (
-    _datasource, _matchers, _counters, _rate_interval, _metrics, _variables, _units, _descriptions, _ids, _links,
+    _datasource, _matchers, _tiles_now, _counters, _rate_interval, _metrics, _variables, _units, _descriptions, _ids,
+    _links,
     _detail, _no_value, _state_colours, _overlap, _board,
 )  # fmt: skip

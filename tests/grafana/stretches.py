@@ -34,10 +34,11 @@ def generated(folder: Path) -> Iterator[Stretch]:
 
 
 @contextlib.contextmanager
-def recorded(folder: Path) -> Iterator[Stretch]:
-    """Serve the recorded hour."""
+def recorded(folder: Path, without: tuple[str, ...] = ()) -> Iterator[Stretch]:
+    """Serve the recorded hour, without the metrics whose names begin so."""
     text = folder / "history.txt"
-    text.write_bytes(lzma.decompress(record.FILE.read_bytes()))
+    lines = lzma.decompress(record.FILE.read_bytes()).decode().splitlines(keepends=True)
+    text.write_text("".join(line for line in lines if not line.startswith(without)), encoding="utf-8")
     start, end, scrape = record.span(text)
     with prometheus.serving(prometheus.fill(text, folder / "data")) as server:
         yield Stretch(server, start, end, scrape)

@@ -128,6 +128,10 @@ FAULTS: dict[str, tuple[str, Spoil, str]] = {
         _OVERVIEW, lambda b: b["annotations"]["list"][1].pop("datasource"), "datasource"),
     "no instance matcher": (_OVERVIEW, _expr(_TILE, 'instance=~"$instance", ', ""), "matchers"),
     "equality for a variable of several": (_OVERVIEW, _expr(_TILE, 'job=~"$job"', 'job="$job"'), "matchers"),
+    "alerts of one engine only": (
+        _OVERVIEW, _expr("Alerts firing", 'engine=~"$engine|"', 'engine=~"$engine"'), "matchers"),
+    "a tile over the time range": (
+        _OVERVIEW, lambda b: panel(b, _TILE)["targets"][0].update(instant=False, range=True), "tiles_now"),
     "counter without rate": (_LAYERS, _expr("Massive activations by position", "rate(", "("), "counters"),
     "rate of a gauge": (
         _LAYERS, _expr("Sink mass by layer", "(sluice_attention", "(rate(sluice_attention"), "counters"),

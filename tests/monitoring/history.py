@@ -294,6 +294,8 @@ def _patches(engine: Engine) -> Made:
         gate = {"patch": "gate"}
         yield "sluice_patch_installed", gate, lambda _: 1.0
         yield "sluice_patch_enabled", gate, lambda m: float(gate_on(m))
+        yield "sluice_patch_parameter", {**gate, "parameter": "temperature"}, lambda _: 1.0
+        yield "sluice_patch_parameter", {**gate, "parameter": "floor"}, lambda m: 0.0 if gate_on(m) else 0.05
         yield "sluice_patch_last_change_timestamp_seconds", gate, changed
         yield "sluice_guard_running", gate, lambda m: 1.0 if TRIAL[0] <= m < TRIAL[1] else None
         for group, shift in (("canary", 0.03), ("rest", 0.0)):
@@ -374,9 +376,12 @@ def _alerts() -> Iterator[Series]:
         ("SluiceActivationDrift", "warning", DRIFTING, 55.0),
         ("SluiceProbeCostHigh", "info", DRIFTING, 80.0),
         ("SluiceServingRangeSaturated", "critical", DRIFTING, 81.0),
+        ("SluiceConfigFileBroken", "warning", STEADY, 83.0),
     ):
         last = 60.0 if engine is BROKEN else float(MINUTES)
         labels = {**engine.labels, "alertname": alert, "alertstate": "firing", "severity": severity}
+        if alert == "SluiceConfigFileBroken":
+            del labels["engine"]  # a file is the server's
         yield Series("ALERTS", labels, lambda m, a=first, b=last: 1.0 if a <= m <= b else None)
 
 

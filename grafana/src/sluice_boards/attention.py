@@ -30,21 +30,21 @@ def _tiles() -> list[Panel]:
     sink = of_layers("sluice_attention_sink_mass")
     return [
         stat("Mean sink mass", f"{shared.SINK} Mean over the selected layers.", "Steady.",
-             series(f"avg({sink})", "sink mass"), "percentunit", alert="SluiceSinkRateShifted", decimals=1,
+             now(f"avg({sink})", "sink mass"), "percentunit", alert="SluiceSinkRateShifted", decimals=1,
              width=5),
         stat("Strongest layer", "Sink mass of the layer with the most.", "Steady.",
-             series(f"max({sink})", "sink mass"), "percentunit", alert="SluiceSinkRateShifted", decimals=1,
+             now(f"max({sink})", "sink mass"), "percentunit", alert="SluiceSinkRateShifted", decimals=1,
              width=5),
         stat("Sink heads", "Heads whose mean attention to position 0 is above 0.3, over the selected layers, "
              "in the engine with most.", "Steady; few with a gate that acts.",
-             series(f"max(sum by (job, instance, model_name, engine) ({of_layers('sluice_attention_sink_heads')}))",
-                    "heads"), "none", decimals=0, width=5),
+             now(f"max(sum by (job, instance, model_name, engine) ({of_layers('sluice_attention_sink_heads')}))",
+                 "heads"), "none", decimals=0, width=5),
         stat("Mean gate", "Mean value of the gates over the selected layers: 1 lets everything through.", "Steady.",
-             series(f"avg({of_layers('sluice_gate_mean')})", "gate"), "percentunit", need=needs.GATE, decimals=1,
+             now(f"avg({of_layers('sluice_gate_mean')})", "gate"), "percentunit", need=needs.GATE, decimals=1,
              width=5),
         stat("Queries sampled", "Queries per second whose attention was computed again, exactly. All numbers of this "
              "board rest on them.", "Above 0 while there is traffic.",
-             series(f"sum({rate(of('sluice_queries_sampled_total'))})", "queries/s"), "short", decimals=1,
+             now(f"sum({rate(of('sluice_queries_sampled_total'))})", "queries/s"), "short", decimals=1,
              width=4),
     ]  # fmt: skip
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from sluice_boards import panels, shared
+from sluice_boards import needs, panels, shared
 from sluice_boards.board import Row, board
 from sluice_boards.panels import Panel, column, stat, steps, table, timeseries
-from sluice_boards.queries import ENGINE, cost, increase, of, once, ranks_behind, rows, series
+from sluice_boards.queries import ENGINE, cost, increase, now, of, once, ranks_behind, rows, series
 
 _WORST = 20
 _LINK = (
@@ -35,23 +35,24 @@ def build() -> dict[str, Any]:
 def _tiles() -> list[Panel]:
     return [
         stat("Engines reporting", "Engines that report, by `sluice_info`.", "As many as you run.",
-             series(f"count(max by ({ENGINE}) {once(of('sluice_info'))})", "engines"), "none", decimals=0, width=4),
+             now(f"count(max by ({ENGINE}) {once(of('sluice_info'))})", "engines"), "none", decimals=0, width=4,
+             need=needs.SERVER),
         stat("With non-finite values", "Engines whose hidden state had NaN or infinity in the time range.",
              "0.",
-             series(f"sum((sum by ({ENGINE}) ({increase(of('sluice_nonfinite_total'))})) > bool 0)", "engines"),
+             now(f"sum((sum by ({ENGINE}) ({increase(of('sluice_nonfinite_total'))})) > bool 0)", "engines"),
              "none", colours=steps(red=1), alert="SluiceNonFiniteValues", decimals=0, width=4),
         stat("Engines behind", "Engines with a rank that does not run under the desired generation.", "0.",
-             series(f"sum(max by ({ENGINE}) ({ranks_behind()}))", "engines"),
+             now(f"sum(max by ({ENGINE}) ({ranks_behind()}))", "engines"),
              "none", colours=steps(red=1), alert="SluiceRanksDisagree", decimals=0, width=4),
         stat("With old snapshots", f"Engines whose oldest snapshot is over {shared.AGE[1][0]:g} s old.", "0.",
-             series(f"sum((max by ({ENGINE}) ({of('sluice_snapshot_age_seconds')})) > bool {shared.AGE[1][0]:g})",
-                    "engines"),
+             now(f"sum((max by ({ENGINE}) ({of('sluice_snapshot_age_seconds')})) > bool {shared.AGE[1][0]:g})",
+                 "engines"),
              "none", colours=steps(orange=1), alert="SluiceSnapshotStale", decimals=0, width=4),
         stat("Engines paused", "Engines whose generation is paused.", "0.",
-             series(f"sum({of('sluice_engine_paused')})", "engines"),
+             now(f"sum({of('sluice_engine_paused')})", "engines"),
              "none", colours=steps(red=1), alert="SluiceEnginePaused", decimals=0, width=4),
         stat("With a patch on", "Engines on which at least one patch acts.", "As you set them.",
-             series(f"sum(max by ({ENGINE}) {once(of('sluice_patch_enabled'))})", "engines"), "none", decimals=0,
+             now(f"sum(max by ({ENGINE}) {once(of('sluice_patch_enabled'))})", "engines"), "none", decimals=0,
              width=4),
     ]  # fmt: skip
 

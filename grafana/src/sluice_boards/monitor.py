@@ -7,7 +7,7 @@ from typing import Any
 from sluice_boards import needs, shared
 from sluice_boards.board import Row, board
 from sluice_boards.panels import Panel, column, stat, state_timeline, steps, table, timeseries
-from sluice_boards.queries import ENGINE, cost, increase, of, rate, rows, series
+from sluice_boards.queries import ENGINE, cost, increase, now, of, rate, rows, series
 
 _FILE = {0.0: ("cannot be used", "red"), 1.0: ("good", "green")}
 
@@ -31,25 +31,25 @@ def _tiles() -> list[Panel]:
     return [
         shared.snapshot_age(3),
         stat("Probe errors", "Errors inside probes in the time range; the server goes on without the probe.", "0.",
-             series(f"sum({increase(of('sluice_probe_errors_total'))})", "errors"), "short",
+             now(f"sum({increase(of('sluice_probe_errors_total'))})", "errors"), "short",
              colours=steps(orange=1e-9), alert="SluiceProbeErrors", decimals=0, width=3),
         shared.probe_cost(3),
         stat("Configuration file", "Whether the configuration file of every engine can be used.", "good.",
-             series(f"min({of('sluice_config_file_good')})", "file"), "none", texts=_FILE, need=needs.CONFIG_FILE,
+             now(f"min({of('sluice_config_file_good')})", "file"), "none", texts=_FILE, need=needs.CONFIG_FILE,
              alert="SluiceConfigFileBroken", width=3),
         stat("Baseline file", "Whether the calibration file of every engine that names one can be used. If not, no "
              "alert for drift, sinks or the quantization range can fire.", "good.",
-             series(f"min({of('sluice_baseline_good')})", "file"), "none", texts=_FILE, need=needs.BASELINE_FILE,
+             now(f"min({of('sluice_baseline_good')})", "file"), "none", texts=_FILE, need=needs.BASELINE_FILE,
              alert="SluiceBaselineUnusable", width=3),
         stat("Probes off", "Installed probes that look at nothing: switched off, or off after ten errors.",
              "0, unless somebody switched one off.",
-             series(f"sum({of('sluice_probe_enabled')} == bool 0)", "probes"), "none", decimals=0, width=3),
+             now(f"sum({of('sluice_probe_enabled')} == bool 0)", "probes"), "none", decimals=0, width=3),
         stat("Series a scrape", "Series that Sluice exports, over the selected engines.",
              "A few hundred an engine; 12 a layer by default.",
-             series(f"sum({of('sluice_exported_series')})", "series"), "none", decimals=0, width=3),
+             now(f"sum({of('sluice_exported_series')})", "series"), "none", decimals=0, width=3),
         stat("Snapshot interval", "Time between two snapshots, as configured (`telemetry.interval_seconds`).",
              "At most half the scrape interval.",
-             series(f"max({of('sluice_telemetry_interval_seconds')})", "interval"), "s", width=3),
+             now(f"max({of('sluice_telemetry_interval_seconds')})", "interval"), "s", width=3),
     ]  # fmt: skip
 
 

@@ -21,7 +21,8 @@ class Need:
     no_value: str
 
 
-IDLE = Need("", "no data: no traffic in the window")
+IDLE = Need("", "no data: no traffic in the window, or no server")
+SERVER = Need("", "no server reports")
 FULL = Need("Needs `telemetry.detail: full`.", "no data: needs telemetry.detail: full, and traffic")
 GATE = Need("Needs an installed gate.", "no data: no gate is installed, or no traffic")
 BASELINE = Need(

@@ -7,9 +7,10 @@ from typing import Any
 from sluice_boards import needs, panels, shared
 from sluice_boards.board import Row, board
 from sluice_boards.panels import Panel, column, stat, state_timeline, steps, table, timeseries
-from sluice_boards.queries import ENGINE, cost, equal, increase, of, once, rate, rows, series
+from sluice_boards.queries import ENGINE, alerts, cost, equal, increase, now, of, once, rate, rows, series
 
 _SEVERITY = {1.0: ("info", "blue"), 2.0: ("warning", "orange"), 3.0: ("critical", "red")}
+_CALLS = 'severity!="info"'
 _FIRING = ('alertname=~"Sluice.+"', equal("alertstate", "firing"))
 
 
@@ -32,9 +33,10 @@ def build() -> dict[str, Any]:
 def _tiles() -> list[Panel]:
     firing = stat(
         "Alerts firing",
-        "Alerts of Sluice that Prometheus says are firing now. Also \"none\" where the rules are not loaded.",
+        "Alerts of Sluice that Prometheus says are firing now, those that are only information (`info`) left out. Also "
+        "\"none\" where the rules are not loaded.",
         "none.",
-        series(f"count({of('ALERTS', *_FIRING)})", "firing"),
+        now(f"count({alerts(*_FIRING, _CALLS)})", "firing"),
         "none", colours=steps(red=1), decimals=0,
     )  # fmt: skip
     firing["fieldConfig"]["defaults"]["noValue"] = "none"
@@ -45,17 +47,18 @@ def _tiles() -> list[Panel]:
         shared.behind(),
         shared.snapshot_age(),
         stat("Probe errors", "Errors inside probes in the time range. The server goes on; a probe's metrics may stop.",
-             "0.", series(f"sum({increase(of('sluice_probe_errors_total'))})", "errors"),
+             "0.", now(f"sum({increase(of('sluice_probe_errors_total'))})", "errors"),
              "short", colours=steps(orange=1e-9), alert="SluiceProbeErrors", decimals=0),
         shared.probe_cost(),
         stat("Engines", "Engines that report, by `sluice_info`.", "As many as you run.",
-             series(f"count(max by ({ENGINE}) {once(of('sluice_info'))})", "engines"), "none", decimals=0),
+             now(f"count(max by ({ENGINE}) {once(of('sluice_info'))})", "engines"), "none", decimals=0,
+             need=needs.SERVER),
     ]  # fmt: skip
 
 
 def _alerts_over_time() -> Panel:
     level = " or ".join(
-        f"{value:g} * max by (alertname) ({of('ALERTS', *_FIRING, equal('severity', severity))})"
+        f"{value:g} * max by (alertname) ({alerts(*_FIRING, equal('severity', severity))})"
         for value, (severity, _) in sorted(_SEVERITY.items(), reverse=True)
     )
     panel = state_timeline(

@@ -7,7 +7,7 @@ from typing import Any
 from sluice_boards import needs, shared
 from sluice_boards.board import Row, board
 from sluice_boards.panels import Panel, column, stat, state_timeline, steps, table, timeseries
-from sluice_boards.queries import ENGINE, equal, of, ranks_behind, rows, series
+from sluice_boards.queries import ENGINE, equal, now, of, ranks_behind, rows, series
 
 _SETTLED = 240
 """Seconds after a switch at which before and after are compared: windows of 60 s hold nothing old by then."""
@@ -23,7 +23,7 @@ def build() -> dict[str, Any]:
         "Which patches act, since when, whether every rank agrees, and what a switch did to the model and to vLLM.",
         [
             Row("Now", _tiles()),
-            Row("History", [shared.patch_lanes((24, 6)), _ranks(), _results()]),
+            Row("History", [shared.patch_lanes((24, 6)), _ranks(), _results(), _parameters()]),
             Row("Before and after", [_before_after()]),
             Row("What a switch does to the model", [_effect_sinks(), _effect_ratio(), _effect_gate()]),
             Row("What a switch does to vLLM",
@@ -38,22 +38,22 @@ def _tiles() -> list[Panel]:
     return [
         stat("Patches installed", "Patches that are built into the model on every rank, over engines.",
              "As configured.",
-             series(f"sum({of('sluice_patch_installed')})", "installed"), "none", decimals=0, width=4),
+             now(f"sum({of('sluice_patch_installed')})", "installed"), "none", decimals=0, width=4),
         stat("Patches on", "Installed patches that act on every rank, over engines.", "As you set them.",
-             series(f"sum({of('sluice_patch_enabled')})", "on"), "none", decimals=0, width=4),
+             now(f"sum({of('sluice_patch_enabled')})", "on"), "none", decimals=0, width=4),
         shared.behind(4),
         stat("Generations apart", "Different applied generations among the ranks of one engine, in the worst engine.",
              "1: all ranks agree.",
-             series(f"max(count by ({ENGINE}) (count by ({ENGINE}, generation) (count_values by ({ENGINE}) "
-                    f"('generation', {of('sluice_generation', equal('kind', 'applied'))}))))", "generations"),
+             now(f"max(count by ({ENGINE}) (count by ({ENGINE}, generation) (count_values by ({ENGINE}) "
+                 f"('generation', {of('sluice_generation', equal('kind', 'applied'))}))))", "generations"),
              "none", colours=steps(red=2), alert="SluiceRanksDisagree", decimals=0, width=4),
         stat("Engines paused", "Engines whose generation is paused, by a switch or by somebody else.",
              "0. A switch pauses for well under a second.",
-             series(f"sum({of('sluice_engine_paused')})", "paused"), "none", colours=steps(red=1),
+             now(f"sum({of('sluice_engine_paused')})", "paused"), "none", colours=steps(red=1),
              alert="SluiceEnginePaused", decimals=0, width=4),
         stat("Settings waiting for a restart",
              "Settings in the configuration file that only a restart can bring into force.", "0.",
-             series(f"max({of('sluice_config_restart_needed')})", "settings"), "none", colours=steps(orange=1),
+             now(f"max({of('sluice_config_restart_needed')})", "settings"), "none", colours=steps(orange=1),
              need=needs.CONFIG_FILE, alert="SluiceRestartNeeded", decimals=0, width=4),
     ]  # fmt: skip
 
@@ -76,6 +76,17 @@ def _results() -> Panel:
         "Only applied and tried.",
         series(f"sum by (result) (increase({of('sluice_switches_total')}[$__rate_interval]))", "{{result}}"),
         "short", alert="SluicePatchNotApplied", size=(12, 7),
+    )  # fmt: skip
+
+
+def _parameters() -> Panel:
+    return timeseries(
+        "Parameters",
+        "Run-time parameters of installed patches, such as a gate's temperature and floor, whether they act or not.",
+        "As you set them; temperature 1 and floor 0 are the trained gate.",
+        series(f"max by ({ENGINE}, patch, parameter) ({of('sluice_patch_parameter')})",
+               "{{patch}} {{parameter}} {{instance}} {{engine}}"),
+        "none", alert="SluiceRanksDisagree", size=(24, 6), decimals=2,
     )  # fmt: skip
 
 

@@ -19,6 +19,9 @@ _WHERE = (
 _DECIBELS = "suffix:dB"
 _GOOD_SNR = 30.0
 _POOR_SNR = 20.0
+_STATIC_ROOM = below(0.8, 0.95)
+"""A static scale ends at the baseline's largest value, so healthy is about 1; below 0.8 is the alert's bound."""
+_ABOUT_ONE = "About 1, where the baseline's range ends. Below 0.8, a quarter too large, the alert tells."
 
 
 def build() -> dict[str, Any]:
@@ -62,11 +65,12 @@ def _clipped_share(labels: str) -> str:
 
 def _tiles() -> list[Panel]:
     def room(title: str, form: str, scale: str, what: str, need: needs.Need = needs.QUANTIZATION) -> Panel:
+        static = scale == "static"
         return stat(
             title, f"Largest number that {what} can hold, divided by the largest absolute value seen.",
-            "Above 1; below, values are clipped.",
-            series(f"min({_headroom(form, scale)})", "headroom"), "suffix:×",
-            colours=below(1, 2), need=need, decimals=2, width=4, plenty=("> 1000 ×", 1000),
+            _ABOUT_ONE if static else "Above 1; below, values are clipped.",
+            now(f"min({_headroom(form, scale)})", "headroom"), "suffix:×",
+            colours=_STATIC_ROOM if static else below(1, 2), need=need, decimals=2, width=4, plenty=("> 1000 ×", 1000),
             alert="SluiceServingRangeSaturated" if form == "serving" else "SluiceQuantizationRangeExceeded",
         )  # fmt: skip
 
@@ -74,7 +78,7 @@ def _tiles() -> list[Panel]:
         return stat(
             f"{name} SNR", f"Signal to quantization noise of {name} with one scale a tensor, worst layer and site.",
             f"Above {_GOOD_SNR:g} dB; below {_POOR_SNR:g} dB expect a worse model.",
-            series(f"min({_snr(equal('format', form), equal('scale', 'per_tensor'))})", "SNR"), _DECIBELS,
+            now(f"min({_snr(equal('format', form), equal('scale', 'per_tensor'))})", "SNR"), _DECIBELS,
             colours=below(_POOR_SNR, _GOOD_SNR), need=needs.QUANTIZATION, decimals=1, width=4,
         )  # fmt: skip
 
@@ -85,8 +89,8 @@ def _tiles() -> list[Panel]:
         stat("Clipped by static scales",
              "Share of entries beyond the baseline's range, over the selected layers and sites.",
              "0 %; a little is the price of a scale that was chosen to clip.",
-             series(f"sum({rate(of_layers('sluice_quantization_clipped_total', _SITE))}) / "
-                    f"(sum({rate(of_layers('sluice_quantization_elements_total', _SITE))}) > 0)", "clipped"),
+             now(f"sum({rate(of_layers('sluice_quantization_clipped_total', _SITE))}) / "
+                 f"(sum({rate(of_layers('sluice_quantization_elements_total', _SITE))}) > 0)", "clipped"),
              "percentunit", colours=steps(orange=1e-6, red=1e-3), alert="SluiceQuantizationRangeExceeded",
              need=needs.STATIC, width=4),
         noise("int8", "INT8"),
@@ -164,12 +168,12 @@ def _static() -> list[Panel]:
         table(
             "Worst static layers now",
             "Layers with the least room under the baseline's scales, and what is clipped.",
-            "Headroom above 1, nothing clipped.",
+            _ABOUT_ONE,
             [
                 column("INT8 headroom", rows(f"min by (layer, site) ({_headroom('int8', 'static')})"), "suffix:×",
-                       decimals=2, colours=below(1, 1.2)),
+                       decimals=2, colours=_STATIC_ROOM),
                 column("FP8 headroom", rows(f"min by (layer, site) ({_headroom('fp8_e4m3', 'static')})"), "suffix:×",
-                       decimals=2, colours=below(1, 1.2)),
+                       decimals=2, colours=_STATIC_ROOM),
                 column("clipped share", rows(_clipped_share("layer, site")), "percentunit", decimals=4),
             ],
             labels={"layer": "layer", "site": "site"}, sort="INT8 headroom", need=needs.STATIC, size=(12, 8),

@@ -18,6 +18,12 @@ def of(metric: str, *matchers: str) -> str:
     return f"{metric}{{{', '.join((SELECTED, *matchers))}}}"
 
 
+def alerts(*matchers: str) -> str:
+    """Select alerts; those about a whole server have no `engine`, those about several machines no `instance`."""
+    selected = ", ".join(f'{label}=~"${label}|"' for label in ENGINE.split(", "))
+    return f"ALERTS{{{', '.join((selected, *matchers))}}}"
+
+
 def of_layers(metric: str, *matchers: str) -> str:
     """Select the series of a metric of layers that the board's variables leave in."""
     return of(metric, 'layer=~"$layer"', *matchers)

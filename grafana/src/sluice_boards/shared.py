@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sluice_boards import needs, panels
 from sluice_boards.panels import Panel, Steps, layer_heatmap, stat, state_timeline, steps, timeseries
-from sluice_boards.queries import ENGINE, cost, increase, of, of_layers, quantile, ranks_behind, rate, series
+from sluice_boards.queries import ENGINE, cost, increase, now, of, of_layers, quantile, ranks_behind, rate, series
 
 ON_OFF = {0.0: ("off", panels.OFF), 1.0: ("on", "blue")}
 COST_BUDGET = 0.05
@@ -25,7 +25,7 @@ def nonfinite(width: int = 3) -> Panel:
         "Non-finite values",
         "NaN and infinite entries of the hidden state in the time range, over all layers.",
         "0. Anything else is a broken model, a broken kernel or an overflow.",
-        series(f"sum({increase(of('sluice_nonfinite_total'))})", "NaN and infinity"),
+        now(f"sum({increase(of('sluice_nonfinite_total'))})", "NaN and infinity"),
         "short", colours=steps(red=1e-9), alert="SluiceNonFiniteValues", decimals=0, width=width,
     )  # fmt: skip
 
@@ -38,7 +38,7 @@ def range_used(width: int = 3) -> Panel:
         "Share of the served dtype's range that is in use in the worst engine: its largest activation divided by the "
         "largest number that the dtype can hold.",
         "Far below 50 %. With bfloat16 it is always near 0 %; with float16 the limit is 65504.",
-        series(f"max({engine_max} / on ({ENGINE}) max by ({ENGINE}) ({of('sluice_serving_dtype_max')}))", "used"),
+        now(f"max({engine_max} / on ({ENGINE}) max by ({ENGINE}) ({of('sluice_serving_dtype_max')}))", "used"),
         "percentunit", colours=steps(orange=0.5, red=0.9), alert="SluiceServingRangeSaturated", decimals=1,
         width=width,
     )  # fmt: skip
@@ -50,7 +50,7 @@ def snapshot_age(width: int = 3) -> Panel:
         "Oldest snapshot",
         "Age of the oldest snapshot of any rank. Ranks write one every telemetry interval, traffic or not.",
         "A few seconds. Older means that what the boards show is old, or that a worker hangs.",
-        series(f"max({of('sluice_snapshot_age_seconds')})", "age"),
+        now(f"max({of('sluice_snapshot_age_seconds')})", "age"),
         "s", colours=AGE, alert="SluiceSnapshotStale", decimals=1, width=width,
     )  # fmt: skip
 
@@ -61,7 +61,7 @@ def behind(width: int = 3) -> Panel:
         "Ranks behind",
         "Ranks that run under another generation of the run-time state than the desired one.",
         "0, apart from the second in which a switch is made.",
-        series(f"sum({ranks_behind()})", "behind"),
+        now(f"sum({ranks_behind()})", "behind"),
         "none", colours=steps(red=1), alert="SluicePatchNotApplied", decimals=0, width=width,
     )  # fmt: skip
 
@@ -72,7 +72,7 @@ def probe_cost(width: int = 3) -> Panel:
         "Probe cost",
         "Time that probes take outside the compiled graph, divided by the time of forward passes, in the worst engine.",
         f"Below {COST_BUDGET:.0%}. A longer `interval_seconds` of a probe makes it cheaper.",
-        series(f"max({cost(ENGINE)})", "cost"),
+        now(f"max({cost(ENGINE)})", "cost"),
         "percentunit", colours=steps(orange=COST_BUDGET), alert="SluiceProbeCostHigh", decimals=1, width=width,
     )  # fmt: skip
 
