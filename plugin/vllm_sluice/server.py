@@ -12,7 +12,7 @@ from prometheus_client.exposition import choose_encoder
 
 from vllm_sluice import compat, config
 from vllm_sluice.control import routes as control_routes
-from vllm_sluice.control.controller import Controller, Generations, NotReady
+from vllm_sluice.control.controller import Controller, NotReady, Report
 from vllm_sluice.control.follower import Follower
 from vllm_sluice.control.journal import Journal
 from vllm_sluice.control.measured import server_values
@@ -67,9 +67,7 @@ class SluiceEndpoint:
             self._tasks.append(routes.start(self._history))
         if self._control.enabled:
             engines = compat.EngineClients(engine_client)
-            self._controller = Controller(
-                self._journal, engines, self._loaded, lambda: self._generations(engines.ranks)
-            )
+            self._controller = Controller(self._journal, engines, self._loaded, lambda: self._reports(engines.ranks))
             if engines.index == 0:
                 self._tasks.append(asyncio.create_task(Follower(self._controller).follow(), name="sluice-follow"))
 
@@ -81,18 +79,20 @@ class SluiceEndpoint:
         except NotReady as error:
             return {"error": str(error), "writable": False}
 
-    def _generations(self, expected: int) -> Mapping[str, Generations]:
-        """Return the generations of every rank; an RPC to a worker without the plugin would corrupt vLLM's queue."""
+    def _reports(self, expected: int) -> Mapping[str, Report]:
+        """Return what every rank reports; an RPC to a worker without the plugin would corrupt vLLM's queue."""
         found = {}
         for snapshot in self._collector.snapshots():
-            rank = f"dp{snapshot.info.engine}-{snapshot.info.rank}"
-            kinds = {
-                dict(series.labels)["kind"]: int(value)
-                for series, value in zip(snapshot.series, snapshot.values.tolist(), strict=True)
-                if series.metric == "sluice_generation"
-            }
-            if kinds:
-                found[rank] = Generations(kinds["desired"], kinds["applied"])
+            generations: dict[str, int] = {}
+            failed = set()
+            for series, value in zip(snapshot.series, snapshot.values.tolist(), strict=True):
+                if series.metric == "sluice_generation":
+                    generations[dict(series.labels)["kind"]] = int(value)
+                elif series.metric == "sluice_probe_failed" and value == 1:
+                    failed.add(dict(series.labels)["probe"])
+            if generations:
+                rank = f"dp{snapshot.info.engine}-{snapshot.info.rank}"
+                found[rank] = Report(generations["desired"], generations["applied"], frozenset(failed))
         if len(found) < expected:
             raise NotReady(
                 f"{len(found)} of {expected} ranks report on this machine; ranks on other machines, or without the "

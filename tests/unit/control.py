@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_sluice.config import Config, runtime_values
-from vllm_sluice.control.controller import Generations
+from vllm_sluice.control.controller import Report
 
 
 class MemoryRank:
@@ -26,6 +26,7 @@ class MemoryRank:
             "attention": runtime_values(started.probes.attention),
         }
         self.refuses: set[int] = set()
+        self.failed: set[str] = set()
 
     def answer(self, operation: str, state: Mapping[str, Any] | None) -> dict[str, Any]:
         if operation == "apply":
@@ -36,6 +37,7 @@ class MemoryRank:
             for kinds in (state["patches"], state["probes"]):
                 for kind, values in kinds.items():
                     self.values[kind] |= values
+                    self.failed.discard(kind)
             self.generation = state["generation"]
         return {
             "rank": self.name, "engine": "0", "generation": self.generation,
@@ -85,5 +87,7 @@ class MemoryEngines:
     async def label(self, generation: int) -> None:
         self.log.append(f"label {generation}")
 
-    def generations(self) -> dict[str, Generations]:
-        return {f"dp0-{rank.name}": Generations(rank.desired, rank.generation) for rank in self.ranks}
+    def reports(self) -> dict[str, Report]:
+        return {
+            f"dp0-{rank.name}": Report(rank.desired, rank.generation, frozenset(rank.failed)) for rank in self.ranks
+        }

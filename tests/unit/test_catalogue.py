@@ -33,6 +33,7 @@ LABEL_VALUES = {
     "kind": ("desired", "applied"),
     "result": ("applied", "rolled_back", "failed", "tried"),
     "group": ("rest", "canary"),
+    "parameter": ("temperature", "floor"),
 }
 FROM_THE_COLLECTOR = ("sluice_info", "sluice_snapshot_age_seconds", "sluice_exported_series")
 

@@ -603,7 +603,7 @@ def real(tmp_path, request):
     """Serve the plugin's own routes over engines in memory; yields address and engines. The parameter: control keys."""
     engines = MemoryEngines()
     chosen = config.Config.model_validate({"control": getattr(request, "param", {})})
-    controller = Controller(Journal(tmp_path, "a"), engines, config.Loaded(chosen, {}), engines.generations)
+    controller = Controller(Journal(tmp_path, "a"), engines, config.Loaded(chosen, {}), engines.reports)
     collector = SnapshotCollector(tmp_path)
     app = FastAPI()
     settings = config.Live()

@@ -15,7 +15,7 @@ from tests.unit.control import MemoryEngines
 from vllm_sluice import config
 from vllm_sluice.config import ConfigError
 from vllm_sluice.control import switch
-from vllm_sluice.control.controller import Controller, Moved, NotReady, TimedOut
+from vllm_sluice.control.controller import Controller, Moved, NotReady, Report, TimedOut
 from vllm_sluice.control.follower import Follower
 from vllm_sluice.control.journal import Busy, Journal, Record
 from vllm_sluice.control.limit import RateLimit
@@ -48,7 +48,7 @@ def make(
             monkeypatch.setenv("SLUICE_CONFIG", str(tmp_path / "sluice.yaml"))
         for key, value in control.items():
             monkeypatch.setenv(f"SLUICE_CONTROL__{key.upper()}", str(value))
-        return Controller(Journal(tmp_path / "run", server), engines, config.load(), engines.generations)
+        return Controller(Journal(tmp_path / "run", server), engines, config.load(), engines.reports)
 
     return controller
 
@@ -99,7 +99,7 @@ def test_a_rank_that_refuses_rolls_all_back(make, engines):
     with pytest.raises(SwitchFailed, match=r"pp0-tp1 of engine 0 refused: .*out of memory.*have the old state again"):
         asyncio.run(controller.change(OFF, who="ann"))
     assert gate(engines) == [True, True]
-    assert set(engines.generations().values()) == {(0, 0)}
+    assert set(engines.reports().values()) == {Report(0, 0)}
     assert engines.log == ["pause", "apply 1", "apply 0", "resume"]
     change = controller.journal.changes(5)[-1]
     assert (change["result"], change["who"], change["generation"]) == ("rolled back", "ann", 1)
@@ -357,7 +357,7 @@ def test_what_was_set_over_http_survives_a_restart_with_a_state_file(make, engin
     asyncio.run(make(state_file=kept).change({"patches.gate.enabled": False}, who="ann"))
     assert json.loads(kept.read_text()) == OFF
     restarted = MemoryEngines()
-    controller = Controller(Journal(tmp_path / "another-run", "b"), restarted, config.load(), restarted.generations)
+    controller = Controller(Journal(tmp_path / "another-run", "b"), restarted, config.load(), restarted.reports)
 
     async def scenario() -> None:
         await until(lambda: gate(restarted) == [False, False])
@@ -487,7 +487,7 @@ def test_a_rank_that_a_roll_back_did_not_reach_is_brought_back(make, engines):
 
     async def scenario() -> None:
         engines.ranks[1].desired = 1  # it refused generation 1 and was never told to stay at 0
-        await until(lambda: set(engines.generations().values()) == {(0, 0)})
+        await until(lambda: set(engines.reports().values()) == {Report(0, 0)})
 
     following(controller, scenario)
     assert controller.journal.changes(1)[0]["source"] == "recovery"
@@ -497,6 +497,7 @@ def test_a_probe_that_went_off_by_itself_is_switched_on_again(make, engines):
     """After errors; the settings say all the while that it is on."""
     controller = make()
     engines.ranks[1].values["residual"]["enabled"] = False
+    engines.ranks[1].failed = {"residual"}
     on = {"probes.residual.enabled": True}
     expected = {"probes.residual.enabled": {"from": False, "to": True}}
     assert asyncio.run(controller.preview({})).changed == {}

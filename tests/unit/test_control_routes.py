@@ -40,7 +40,7 @@ def make(engines: MemoryEngines, tmp_path: Path) -> Make:
     def client(
         tokens: Tokens = TOKENS, client: tuple[str, int] = LOCAL, per_minute: int = 10_000, **control_keys: Any
     ) -> TestClient:
-        controller = Controller(Journal(tmp_path, "a"), engines, config.load(environ={}), engines.generations)
+        controller = Controller(Journal(tmp_path, "a"), engines, config.load(environ={}), engines.reports)
         control = Control(changes_per_minute=per_minute, **control_keys)
         app = FastAPI()
         app.include_router(build_router(PREFIX, control, tokens, lambda: controller))
@@ -215,7 +215,7 @@ def fuzzed() -> FastAPI:
 
     engines = MemoryEngines()
     journal = Journal(Path(tempfile.mkdtemp(prefix="sluice-fuzz-")), "a")
-    controller = Controller(journal, engines, config.load(environ={}), engines.generations)
+    controller = Controller(journal, engines, config.load(environ={}), engines.reports)
     asyncio.run(controller.installed())
     app = FastAPI()
     control = Control(changes_per_minute=1_000_000, allow_remote=True)

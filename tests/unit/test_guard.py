@@ -102,7 +102,7 @@ def engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Guarded:
         "control: {watch_seconds: 0.1, guard: {enabled: true, window_seconds: 3, least_tokens: 100, share: 0.2}}\n"
     )
     monkeypatch.setenv("SLUICE_CONFIG", str(file))
-    engines.controller = Controller(Journal(tmp_path / "run", "a"), engines, config.load(), engines.generations)
+    engines.controller = Controller(Journal(tmp_path / "run", "a"), engines, config.load(), engines.reports)
     return engines
 
 

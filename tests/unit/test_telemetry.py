@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from vllm_sluice import __version__
 from vllm_sluice.config import RUN_DIR_VARIABLE, SERVER_VARIABLE, Telemetry
-from vllm_sluice.control.controller import NotReady
+from vllm_sluice.control.controller import NotReady, Report
 from vllm_sluice.rank import rank_info
 from vllm_sluice.server import SluiceEndpoint
 from vllm_sluice.telemetry import rundir
@@ -174,13 +174,15 @@ def test_servers_that_share_a_folder_switch_nothing(tmp_path):
     endpoint = object.__new__(SluiceEndpoint)
     endpoint._collector = SnapshotCollector(tmp_path)
     series = [Series("sluice_generation", (("rank", "pp0-tp0"), ("kind", kind))) for kind in ("desired", "applied")]
+    series += [Series("sluice_probe_failed", (("probe", kind),)) for kind in ("residual", "attention", "gate")]
     for engine in ("0", "1"):
-        SnapshotWriter(tmp_path / f"{engine}{SUFFIX}", info(engine=engine), series).write(np.array([5.0, 4.0]))
-    assert endpoint._generations(2) == {"dp0-pp0-tp0": (5, 4), "dp1-pp0-tp0": (5, 4)}
+        writer = SnapshotWriter(tmp_path / f"{engine}{SUFFIX}", info(engine=engine), series)
+        writer.write(np.array([5.0, 4.0, 0.0, 1.0, np.nan]))
+    assert endpoint._reports(2) == {f"dp{n}-pp0-tp0": Report(5, 4, frozenset({"attention"})) for n in (0, 1)}
     with pytest.raises(NotReady, match="2 of 3 ranks report"):
-        endpoint._generations(3)
+        endpoint._reports(3)
     with pytest.raises(NotReady, match="2 ranks report in the run folder, and this server has 1: several servers"):
-        endpoint._generations(1)
+        endpoint._reports(1)
 
 
 def test_another_process_with_the_number_of_a_rank_is_not_that_rank(tmp_path):

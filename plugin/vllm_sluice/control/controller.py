@@ -40,11 +40,20 @@ class TrialUnderWay(RuntimeError):
     """The guard is trying a change, and nothing else is changed meanwhile."""
 
 
-class Generations(NamedTuple):
-    """The generation that a rank was asked for last, and the one that it has."""
+class Report(NamedTuple):
+    """What a rank says in its snapshot.
+
+    Attributes
+    ----------
+    desired, applied
+        The generation that it was asked for last, and the one that it has.
+    failed
+        Probes that went off because of their errors.
+    """
 
     desired: int
     applied: int
+    failed: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -73,17 +82,17 @@ class Controller:
         The engines.
     started
         The configuration that the server was started with.
-    generations
-        Returns the generations of each rank, by name; raises `NotReady` if ranks are missing.
+    reports
+        Returns what each rank reports, by name; raises `NotReady` if ranks are missing.
     """
 
     def __init__(
-        self, journal: Journal, engines: Engines, started: Loaded, generations: Callable[[], Mapping[str, Generations]]
+        self, journal: Journal, engines: Engines, started: Loaded, reports: Callable[[], Mapping[str, Report]]
     ) -> None:
         self.journal = journal
         self.engines = engines
         self.started = started
-        self.generations = generations
+        self.reports = reports
         self.settings: config.Control = started.config.control
         self.file = FollowedFile(journal, started)
         self._installed: Installed | None = None
@@ -129,7 +138,7 @@ class Controller:
         """
         record = self.journal.read()
         before, after, _ = await self.target(record, edits)
-        changed = state.difference(before, after) | await self._gone_off(edits, after)
+        changed = state.difference(before, after) | self._gone_off(edits, after)
         return Outcome(record.generation, changed, paused=state.touches_output(changed))
 
     # ------------------------------------------------------------------------------------------------ changing
@@ -184,7 +193,7 @@ class Controller:
                     "with DELETE guard"
                 )
             before, after, admin = await self.target(record, edits)
-            changed = state.difference(before, after) | await self._gone_off(edits, after)
+            changed = state.difference(before, after) | self._gone_off(edits, after)
             if guarded and source == "admin" and self.settings.guard.enabled and (patch := _switched(changed)):
                 return self._try(record, patch, edits, changed, who)
             if not changed:
@@ -206,7 +215,7 @@ class Controller:
         pause = state.touches_output(changed)
         generation = record.generation + 1
         began, clock = time.time(), time.monotonic()
-        ranks = self.generations().keys()
+        ranks = self.reports().keys()
         pid = os.getpid()
         switching = {"pid": pid, "start_ticks": rundir.start_ticks(pid), "since": began, "paused": pause}
         self.journal.update(switching=switching)
@@ -263,12 +272,11 @@ class Controller:
         after = state.values_of(state.with_admin(layers, admin).config, installed)
         return before, after, admin
 
-    async def _gone_off(self, edits: Iterable[str], after: Values) -> dict[str, dict[str, Any]]:
+    def _gone_off(self, edits: Iterable[str], after: Values) -> dict[str, dict[str, Any]]:
         """Return the probes that somebody asks for and that went off by themselves on some rank, after errors."""
         asked = {probe: key for key in edits if (probe := state.probe_enabled_by(key)) and after.get(key)}
-        replies = await self._ask() if asked else []
-        off = {kind for reply in replies for kind, probe in reply["probes"].items() if not probe["values"]["enabled"]}
-        return {key: {"from": False, "to": True} for probe, key in asked.items() if probe in off}
+        failed = frozenset[str]().union(*(report.failed for report in self.reports().values())) if asked else ()
+        return {key: {"from": False, "to": True} for probe, key in asked.items() if probe in failed}
 
     def _keep(self, record: Record, admin: Values) -> None:
         if admin == record.admin:
@@ -281,7 +289,7 @@ class Controller:
                 logger.error("sluice: control.state_file %s cannot be written: %s", self.settings.state_file, error)
 
     async def _ask(self) -> list[Mapping[str, Any]]:
-        self.generations()
+        self.reports()
         replies = list(await self.engines.call("state"))
         bad = [reply for reply in replies if "error" in reply]
         if bad or not replies:

@@ -131,7 +131,7 @@ class Follower:
             logger.error("sluice: %s; applying generation %d again", why, record.generation)
             payload = state.payload(values, record.generation)
             self._not_before["recover"] = time.monotonic() + _AFTER_FAILURE
-            pause, ranks = bool(installed.patches) or owned, self._controller.generations().keys()
+            pause, ranks = bool(installed.patches) or owned, self._controller.reports().keys()
             began, error = time.time(), None
             try:
                 await switch(self._controller.engines, payload, payload, pause=pause, ranks=ranks, owned=owned)
@@ -154,10 +154,10 @@ class Follower:
                 return "the engine did not resume after a switch"
             dead = not rundir.alive(record.switching["pid"], record.switching["start_ticks"])
             return "an API server died in the middle of a switch" if dead else None
-        ranks = self._controller.generations()
-        late = [rank for rank, generations in ranks.items() if set(generations) != {record.generation}]
+        ranks = self._controller.reports()
+        late = [rank for rank, report in ranks.items() if {report.desired, report.applied} != {record.generation}]
         self._lagging = self._lagging + 1 if late else 0
-        return f"rank {late[0]} has another generation" if self._lagging > 3 else None
+        return f"rank {late[0]} has, or was asked for, another generation" if self._lagging > 3 else None
 
     async def _note_pause(self) -> None:
         """Note since when somebody keeps the engine paused; our own switches hold the lock."""

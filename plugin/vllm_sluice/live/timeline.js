@@ -96,5 +96,5 @@ export function renderLanes(past, lanes, axis) {
   renderAxis($.axis, axis, width);
   const list = past.switches.slice(-12).reverse().map(([time, patch, on, generation]) =>
     make("li", `${clock(time)} ${said(patch, on)}${generation == null ? "" : `, generation ${generation}`}`));
-  fill($.switches, list.length || !lanes.length ? list : [make("li", "No switch in this span.")]);
+  fill($.switches, list.length || !lanes.length ? list : [make("li", "No change in this span.")]);
 }
