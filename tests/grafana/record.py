@@ -12,11 +12,12 @@ import json
 import lzma
 import os
 import re
-import signal
+import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,21 +73,22 @@ def main() -> None:
     settings.write_text(json.dumps(_SETTINGS), encoding="utf-8")
     sluice = [sys.executable, "-m", "vllm_sluice.cli"]
     environment = {**os.environ, "SLUICE_ADMIN_TOKEN": _TOKEN, "SLUICE_TELEMETRY__BASELINE": str(baseline)}
-    recording = Child(
+    recorded = subprocess.run(
         [*sluice, "baseline", "record", "--model", str(MODEL), "--text", str(TEXT), "--all-states",
-         "--sluice-config", str(settings), "--output", str(baseline)],
-        folder / "baseline.log", dict(os.environ),
+         "--sluice-config", str(settings), "--output", str(baseline)], cwd=ROOT, check=False,
     )  # fmt: skip
-    if recording.process.wait() != 0:
-        raise SystemExit(recording.tail())
+    if recorded.returncode != 0:
+        raise SystemExit("no baseline could be recorded")
     stack = Child(
         [*sluice, "stack", str(MODEL), "--port", str(port), "--", "--max-model-len", str(_CONTEXT)],
         folder / "stack.log", {**environment, "SLUICE_CONFIG": str(settings)},
     )  # fmt: skip
-    try:
+    with ExitStack() as cleanup:
+        cleanup.callback(stack.stop, 90)
         prometheus = _monitor(stack)
         traffic = Traffic(f"http://127.0.0.1:{port}/v1", MODEL.name, _CONTEXT, clients=2)
         traffic.start()
+        cleanup.callback(traffic.stop)
         start = time.time()
         for minute in range(_MINUTES):
             time.sleep(max(0.0, start + 60 * minute - time.time()))
@@ -96,11 +98,7 @@ def main() -> None:
                 _change(port, event)
             elif event:
                 settings.write_text(event, encoding="utf-8")
-        traffic.stop()
         write(prometheus, int(start), int(time.time()))
-    finally:
-        stack.process.send_signal(signal.SIGINT)
-        stack.stop(90)
 
 
 def write(server: Prometheus, start: int, end: int) -> None:

@@ -1,4 +1,4 @@
-"""Stretches of time in a real Prometheus: one made up, with known faults, and one recorded from the real demo."""
+"""Stretches of time in a real Prometheus: one made up, with known faults, and one recorded from a real server."""
 
 from __future__ import annotations
 

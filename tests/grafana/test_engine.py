@@ -83,13 +83,13 @@ def test_tile_shows_the_known_fault(uid: str, title: str, on_generated: Reports)
 
 
 def test_annotations_are_the_switches_to_the_millisecond(on_generated: Reports) -> None:
-    wanted = {f"gate switched@{(history.START + 60 * minute + 0.25) * 1000:.0f}" for minute in history.SWITCHES}
+    wanted = {f"gate changed@{(history.START + 60 * minute + 0.25) * 1000:.0f}" for minute in history.SWITCHES}
     for uid in boards.UIDS:
-        assert set(on_generated[uid]["13.2"].events["Patch switches"]) == wanted
+        assert set(on_generated[uid]["13.2"].events["Patch changes"]) == wanted
 
 
 def test_before_and_after_are_those_of_the_switch(on_generated: Reports) -> None:
-    table = on_generated["sluice-patches"]["13.2"].panels["Before and after each switch"]
+    table = on_generated["sluice-patches"]["13.2"].panels["Before and after each change"]
     found = [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
     steady = [row for row in found if row["engine"] == history.STEADY.engine]
     assert [row["to"] for row in steady] == ["on", "off", "on", "off"]  # the newest first
@@ -133,8 +133,8 @@ def test_shows_all_of_the_recorded_hour(uid: str, version: str, on_recorded: Rep
 
 def test_recorded_events_show(on_recorded: Reports) -> None:
     patches = on_recorded["sluice-patches"]["13.2"]
-    assert len(patches.events["Patch switches"]) == 6
-    table = patches.panels["Before and after each switch"]
+    assert len(patches.events["Patch changes"]) == 6
+    table = patches.panels["Before and after each change"]
     assert {row[table["columns"].index("to")] for row in table["rows"]} == {"on", "off"}
     lanes = on_recorded["sluice-overview"]["13.2"].panels["Alerts over time"]["shown"]
     assert {lane["name"]: lane["states"] for lane in lanes} == {
@@ -227,7 +227,7 @@ FAULTS: dict[str, tuple[str, Spoil, str]] = {
         "states without a name"),
     "annotation that never happens": (
         _PATCHES, lambda b: b["annotations"]["list"][1].update(expr="sluice_patch_last_change * 1000"),
-        "annotation Patch switches"),
+        "annotation Patch changes"),
     "variable without values": (
         _PATCHES, lambda b: b["templating"]["list"][1]["query"].update(query="label_values(sluice_infos, job)"),
         "variable job"),

@@ -45,7 +45,7 @@ def board(
         "timezone": "browser",
         "links": _links(),
         "templating": {"list": listed},
-        "annotations": {"list": [_built_in(), _switches()]},
+        "annotations": {"list": [_built_in(), _changes()]},
         "panels": _laid_out(rows),
     }
 
@@ -120,17 +120,17 @@ def _built_in() -> dict[str, Any]:
     }
 
 
-def _switches() -> dict[str, Any]:
-    # The value is the time of the switch: exact whatever the step, and no mark for a patch that was never switched.
+def _changes() -> dict[str, Any]:
+    # The value is the time of the change: exact whatever the step, and no mark for a patch that was never changed.
     return {
-        "name": "Patch switches",
+        "name": "Patch changes",
         "datasource": DATASOURCE,
         "enable": True,
         "hide": False,
         "iconColor": "purple",
         "expr": f"sluice_patch_last_change_timestamp_seconds{{{SELECTED}}} * 1000",
         "step": "30s",
-        "titleFormat": "{{patch}} switched",
+        "titleFormat": "{{patch}} changed",
         "textFormat": "engine {{engine}} of {{instance}}",
         "tagKeys": "patch,engine",
         "useValueForTime": True,

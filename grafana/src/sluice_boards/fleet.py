@@ -53,7 +53,7 @@ def _tiles() -> list[Panel]:
              "none", colours=steps(red=1), alert="SluiceEnginePaused", decimals=0, width=4),
         stat("With a patch on", "Engines on which at least one patch acts.", "As you set them.",
              now(f"sum(max by ({ENGINE}) {once(of('sluice_patch_enabled'))})", "engines"), "none", decimals=0,
-             width=4),
+             need=needs.PATCH, width=4),
     ]  # fmt: skip
 
 

@@ -23,6 +23,7 @@ class Need:
 
 IDLE = Need("", "no data: no traffic in the window, or no server")
 SERVER = Need("", "no server reports")
+PATCH = Need("Needs an installed patch.", "no data: no patch is installed, or no server")
 FULL = Need("Needs `telemetry.detail: full`.", "no data: needs telemetry.detail: full, and traffic")
 GATE = Need("Needs an installed gate.", "no data: no gate is installed, or no traffic")
 BASELINE = Need(
@@ -36,7 +37,7 @@ STATIC = Need(
 )
 BASELINE_FILE = Need("Needs `telemetry.baseline`.", "no baseline file is named")
 CONFIG_FILE = Need("Needs a configuration file.", "no configuration file")
-SWITCHED = Need("Needs a switch in the time range.", "no data: no patch was switched in this time range")
+CHANGED = Need("Needs a change of a patch in the time range.", "no data: no patch was changed in this time range")
 FULL_GATE = Need(
     "Needs an installed gate and `telemetry.detail: full`.",
     "no data: needs telemetry.detail: full and an installed gate, and traffic",

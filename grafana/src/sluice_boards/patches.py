@@ -1,4 +1,4 @@
-"""Patches: what acts since when, and the model and vLLM before and after each switch."""
+"""Patches: what acts since when, and the model and vLLM before and after each change."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _tiles() -> list[Panel]:
              "As configured.",
              now(f"sum({of('sluice_patch_installed')})", "installed"), "none", decimals=0, width=4),
         stat("Patches on", "Installed patches that act on every rank, over engines.", "As you set them.",
-             now(f"sum({of('sluice_patch_enabled')})", "on"), "none", decimals=0, width=4),
+             now(f"sum({of('sluice_patch_enabled')})", "on"), "none", need=needs.PATCH, decimals=0, width=4),
         shared.behind(4),
         stat("Generations apart", "Different applied generations among the ranks of one engine, in the worst engine.",
              "1: all ranks agree.",
@@ -86,12 +86,12 @@ def _parameters() -> Panel:
         "As you set them; temperature 1 and floor 0 are the trained gate.",
         series(f"max by ({ENGINE}, patch, parameter) ({of('sluice_patch_parameter')})",
                "{{patch}} {{parameter}} {{instance}} {{engine}}"),
-        "none", alert="SluiceRanksDisagree", size=(24, 6), decimals=2,
+        "none", alert="SluiceRanksDisagree", need=needs.PATCH, size=(24, 6), decimals=2,
     )  # fmt: skip
 
 
 def _before_after() -> Panel:
-    """One row for each switch, from the one step of the range that lies four minutes after it."""
+    """One row for each change, from the one step of the range that lies four minutes after it."""
     changed = f"max by ({ENGINE}, patch) ({of('sluice_patch_last_change_timestamp_seconds')})"
     settled = f"((time() - {changed}) >= {_SETTLED} < ({_SETTLED} + $__interval_ms / 1000))"
 
@@ -116,13 +116,13 @@ def _before_after() -> Panel:
     state = rows(f"max by ({ENGINE}, patch) ({of('sluice_patch_enabled')}) * on ({ENGINE}, patch) ({settled} > bool 0)",
                  over_time=True)  # fmt: skip
     panel = table(
-        "Before and after each switch",
-        "Minutes 4 to 1 before a switch and minutes 1 to 4 after it, once they are over. Ratio is the largest over the "
-        "median activation, latencies are vLLM's medians. A switch that is followed by another within four minutes is "
-        "left out. Traffic before and after differs too, so look at the curves below.",
+        "Before and after each change",
+        "Minutes 4 to 1 before a change of a patch (a switch, or a parameter) and minutes 1 to 4 after it, once they "
+        "are over. Ratio is the largest over the median activation, latencies are vLLM's medians. A change that is "
+        "followed by another within four minutes is left out. Traffic differs too, so look at the curves below.",
         "Sinks and ratio move the way they did in your trials; TTFT, ITL and tokens per second stay as they were.",
         [
-            column("switched at", when, "dateTimeAsIso"),
+            column("changed at", when, "dateTimeAsIso"),
             column("to", state, "none", texts=shared.ON_OFF),
             *[
                 column(f"{name} {label}", make(offset), unit, decimals=decimals)
@@ -137,7 +137,7 @@ def _before_after() -> Panel:
             ],
         ],
         labels={"patch": "patch", "instance": "instance", "engine": "engine"},
-        sort="-switched at", need=needs.SWITCHED, size=(24, 8),
+        sort="-changed at", need=needs.CHANGED, size=(24, 8),
     )  # fmt: skip
     panel |= {"interval": "30s", "maxDataPoints": 1500}  # a step of a minute at most, up to 25 hours
     return panel
@@ -150,7 +150,7 @@ def _effect(title: str, says: str, good: str, expr: str, unit: str, **options: A
 
 def _effect_sinks() -> Panel:
     return _effect(
-        "Sink mass", f"{shared.SINK} Mean over layers, by engine; the marks are switches.",
+        "Sink mass", f"{shared.SINK} Mean over layers, by engine; the marks are changes of patches.",
         shared.EITHER_WAY,
         f"avg by ({ENGINE}) ({of('sluice_attention_sink_mass')})", "percentunit", alert="SluiceSinkRateShifted",
     )  # fmt: skip
@@ -158,7 +158,7 @@ def _effect_sinks() -> Panel:
 
 def _effect_ratio() -> Panel:
     return _effect(
-        "Largest over median activation", "Largest ratio of any layer, by engine; the marks are switches.",
+        "Largest over median activation", "Largest ratio of any layer, by engine; the marks are changes of patches.",
         shared.EITHER_WAY,
         f"max by ({ENGINE}) ({of('sluice_activation_max_to_median_ratio')})", "short", log=True,
         alert="SluiceMassiveActivationsNew",

@@ -37,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("uids", nargs="*", metavar="UID", help="boards (default: all)")
     parser.add_argument("--light", action="store_true", help="in the light theme")
-    parser.add_argument("--recorded", action="store_true", help="on the recorded hour of the demo")
+    parser.add_argument("--recorded", action="store_true", help="on the recorded hour")
     parser.add_argument("--out", type=Path, default=OUT, help="folder (default: docs/dashboards)")
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
