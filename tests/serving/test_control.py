@@ -230,9 +230,9 @@ def test_of_several_writers_with_one_generation_one_wins(server):
         statuses = list(pool.map(write, range(8)))
     assert sorted(statuses) == [200] + 7 * [412]
     written = floor + 0.01 * (statuses.index(200) + 1)
-    metrics = server.settled(("patch_parameter", "gate", "floor"), written)
-    assert metrics["patch_parameter", "gate", "floor"] == written
-    assert metrics["patch_parameter", "gate", "temperature"] == 1
+    metrics = server.settled(("patch_parameter", "floor", "gate"), written)
+    assert metrics["patch_parameter", "floor", "gate"] == written
+    assert metrics["patch_parameter", "temperature", "gate"] == 1
     assert request(server, "PUT", "patches/gate", {"floor": None})[0] == 200
 
 
