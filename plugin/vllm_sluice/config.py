@@ -179,7 +179,7 @@ class Probes(_Strict):
 
     @property
     def enabled_in_vain(self) -> list[str]:
-        """Probes that are asked to look at tokens (`enabled: true`) but are not built into the model, unasked."""
+        """Probes with `enabled: true` that are not built into the model by default, and `install` is not set at all."""
         found = []
         for kind in type(self).model_fields:
             section = getattr(self, kind)

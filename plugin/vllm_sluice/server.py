@@ -12,7 +12,7 @@ from prometheus_client.exposition import choose_encoder
 
 from vllm_sluice import compat, config
 from vllm_sluice.control import routes as control_routes
-from vllm_sluice.control.controller import Controller, NotReady, Report
+from vllm_sluice.control.controller import Controller, NotReady, RankReport
 from vllm_sluice.control.follower import Follower
 from vllm_sluice.control.journal import Journal
 from vllm_sluice.control.measured import server_values
@@ -79,7 +79,7 @@ class SluiceEndpoint:
         except NotReady as error:
             return {"error": str(error), "writable": False}
 
-    def _reports(self, expected: int) -> Mapping[str, Report]:
+    def _reports(self, expected: int) -> Mapping[str, RankReport]:
         """Return what every rank reports; an RPC to a worker without the plugin would corrupt vLLM's queue."""
         found = {}
         for snapshot in self._collector.snapshots():
@@ -92,7 +92,7 @@ class SluiceEndpoint:
                     failed.add(dict(series.labels)["probe"])
             if generations:
                 rank = f"dp{snapshot.info.engine}-{snapshot.info.rank}"
-                found[rank] = Report(generations["desired"], generations["applied"], frozenset(failed))
+                found[rank] = RankReport(generations["desired"], generations["applied"], frozenset(failed))
         if len(found) < expected:
             raise NotReady(
                 f"{len(found)} of {expected} ranks report on this machine; ranks on other machines, or without the "

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_sluice.config import Config, runtime_values
-from vllm_sluice.control.controller import Report
+from vllm_sluice.control.controller import RankReport
 
 
 class MemoryRank:
@@ -87,7 +87,7 @@ class MemoryEngines:
     async def label(self, generation: int) -> None:
         self.log.append(f"label {generation}")
 
-    def reports(self) -> dict[str, Report]:
+    def reports(self) -> dict[str, RankReport]:
         return {
-            f"dp0-{rank.name}": Report(rank.desired, rank.generation, frozenset(rank.failed)) for rank in self.ranks
+            f"dp0-{rank.name}": RankReport(rank.desired, rank.generation, frozenset(rank.failed)) for rank in self.ranks
         }

@@ -15,7 +15,7 @@ from tests.unit.control import MemoryEngines
 from vllm_sluice import config
 from vllm_sluice.config import ConfigError
 from vllm_sluice.control import switch
-from vllm_sluice.control.controller import Controller, Moved, NotReady, Report, TimedOut
+from vllm_sluice.control.controller import Controller, Moved, NotReady, RankReport, TimedOut
 from vllm_sluice.control.follower import Follower
 from vllm_sluice.control.journal import Busy, Journal, Record
 from vllm_sluice.control.limit import RateLimit
@@ -99,7 +99,7 @@ def test_a_rank_that_refuses_rolls_all_back(make, engines):
     with pytest.raises(SwitchFailed, match=r"pp0-tp1 of engine 0 refused: .*out of memory.*have the old state again"):
         asyncio.run(controller.change(OFF, who="ann"))
     assert gate(engines) == [True, True]
-    assert set(engines.reports().values()) == {Report(0, 0)}
+    assert set(engines.reports().values()) == {RankReport(0, 0)}
     assert engines.log == ["pause", "apply 1", "apply 0", "resume"]
     change = controller.journal.changes(5)[-1]
     assert (change["result"], change["who"], change["generation"]) == ("rolled back", "ann", 1)
@@ -487,7 +487,7 @@ def test_a_rank_that_a_roll_back_did_not_reach_is_brought_back(make, engines):
 
     async def scenario() -> None:
         engines.ranks[1].desired = 1  # it refused generation 1 and was never told to stay at 0
-        await until(lambda: set(engines.reports().values()) == {Report(0, 0)})
+        await until(lambda: set(engines.reports().values()) == {RankReport(0, 0)})
 
     following(controller, scenario)
     assert controller.journal.changes(1)[0]["source"] == "recovery"

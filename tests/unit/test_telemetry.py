@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from vllm_sluice import __version__
 from vllm_sluice.config import RUN_DIR_VARIABLE, SERVER_VARIABLE, Telemetry
-from vllm_sluice.control.controller import NotReady, Report
+from vllm_sluice.control.controller import NotReady, RankReport
 from vllm_sluice.rank import rank_info
 from vllm_sluice.server import SluiceEndpoint
 from vllm_sluice.telemetry import rundir
@@ -178,7 +178,7 @@ def test_servers_that_share_a_folder_switch_nothing(tmp_path):
     for engine in ("0", "1"):
         writer = SnapshotWriter(tmp_path / f"{engine}{SUFFIX}", info(engine=engine), series)
         writer.write(np.array([5.0, 4.0, 0.0, 1.0, np.nan]))
-    assert endpoint._reports(2) == {f"dp{n}-pp0-tp0": Report(5, 4, frozenset({"attention"})) for n in (0, 1)}
+    assert endpoint._reports(2) == {f"dp{n}-pp0-tp0": RankReport(5, 4, frozenset({"attention"})) for n in (0, 1)}
     with pytest.raises(NotReady, match="2 of 3 ranks report"):
         endpoint._reports(3)
     with pytest.raises(NotReady, match="2 ranks report in the run folder, and this server has 1: several servers"):

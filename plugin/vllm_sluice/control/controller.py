@@ -40,7 +40,7 @@ class TrialUnderWay(RuntimeError):
     """The guard is trying a change, and nothing else is changed meanwhile."""
 
 
-class Report(NamedTuple):
+class RankReport(NamedTuple):
     """What a rank says in its snapshot.
 
     Attributes
@@ -87,7 +87,7 @@ class Controller:
     """
 
     def __init__(
-        self, journal: Journal, engines: Engines, started: Loaded, reports: Callable[[], Mapping[str, Report]]
+        self, journal: Journal, engines: Engines, started: Loaded, reports: Callable[[], Mapping[str, RankReport]]
     ) -> None:
         self.journal = journal
         self.engines = engines
