@@ -17,12 +17,13 @@ import pytest
 from tests.conftest import passages
 from tests.serving.server import Server
 from tests.serving.test_control import TOKEN, request
+from vllm_sluice.control.guard import GROUPS
 
 pytestmark = pytest.mark.serving
 
 ON, OFF = {"sluice.gate": True}, {"sluice.gate": False}
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
-GUARD = {"enabled": True, "share": 0.3, "window_seconds": 5, "least_tokens": 400, "most_change": 0.3}
+GUARD = {"enabled": True, "share": 0.3, "window_seconds": 5, "least_tokens": 400, "most_change": 0.5}
 ROUNDING = 1e-5
 """As in tests/engine/test_per_request.py: batches of different size sum in another order."""
 
@@ -188,20 +189,44 @@ def guarded(server: Server, body: dict[str, Any]) -> dict[str, Any]:
         try:
             status, answer = request(server, "PUT", "patches/gate", body)
             assert (status, answer["tried"]) == (202, True), answer
-            assert request(server, "PUT", "patches/gate", {"floor": 0.5})[0] == 409
-            seen: set[str] = set()
-            until = time.monotonic() + 90
+            until = time.monotonic() + 180
             while request(server, "GET", "state")[1]["control"]["guard"] is not None:
                 assert time.monotonic() < until, server.tail()
-                seen |= {key[0] for key in server.metrics()}
                 time.sleep(0.3)
         finally:
             stop.set()
         for one in clients:
             one.result(120)
-    assert {"guard_running", "guard_tokens", "guard_logprob", "guard_nonfinite"} <= seen
     change: dict[str, Any] = request(server, "GET", "changes")[1]["changes"][-1]
     return change
+
+
+def test_a_trial_shows_what_it_measures_until_it_is_ended(server):
+    """Too few requests for a verdict, so that the trial goes on until somebody ends it."""
+    assert request(server, "PUT", "patches/gate", {"enabled": False})[0] == 202
+    try:
+        assert request(server, "PUT", "patches/gate", {"floor": 0.5})[0] == 409
+        assert server.settled(("guard_running", "gate"), 1.0)["guard_running", "gate"] == 1
+        for index in range(8):
+            server.complete(passages()[60 + index][:200], 5)
+        tokens = [("guard_tokens", group, "gate") for group in GROUPS]
+        until = time.monotonic() + 60
+        while sum((metrics := server.metrics()).get(key, 0) for key in tokens) != 40:
+            assert time.monotonic() < until, server.tail()
+            time.sleep(0.3)
+        assert all(metrics["guard_nonfinite", group, "gate"] == 0 for group in GROUPS)
+        trial = request(server, "GET", "state")[1]["control"]["guard"]
+        assert sum(group["requests"] for group in trial["measured"].values()) == 8
+        for name, group in trial["measured"].items():
+            assert metrics["guard_tokens", name, "gate"] == group["tokens"] == 5 * group["requests"]
+            assert metrics.get(("guard_logprob", name, "gate")) == group["mean"]
+        assert any(metrics.get(("guard_logprob", group, "gate"), 0) < 0 for group in GROUPS)
+    finally:
+        ended = request(server, "DELETE", "guard")
+    assert ended[0] == 200, ended
+    assert request(server, "GET", "state")[1]["control"]["guard"] is None
+    assert not [key for key in server.metrics() if key[0].startswith("guard_")]
+    assert request(server, "GET", "changes")[1]["changes"][-1]["error"] == "ended by admin"
 
 
 def test_the_guard_completes_a_harmless_switch_and_rolls_a_harmful_one_back(server):
@@ -213,8 +238,9 @@ def test_the_guard_completes_a_harmless_switch_and_rolls_a_harmful_one_back(serv
 
     status, answer = request(server, "PUT", "patches/gate?guard=false", {"enabled": True, "floor": None})
     assert (status, answer["tried"]) == (200, False)
+    before = server.metrics().get(("switches_total", "rolled_back"), 0)
     change = guarded(server, {"enabled": False})
     assert (change["source"], change["result"]) == ("guard", "rolled back"), change
-    assert "a change of 0.3 is allowed" in change["error"]
+    assert "a change of 0.5 is allowed" in change["error"]
     assert server.settled(("patch_enabled", "gate"), 1.0)["patch_enabled", "gate"] == 1
-    assert server.metrics()["switches_total", "rolled_back"] == 1
+    assert server.metrics()["switches_total", "rolled_back"] == before + 1

@@ -85,10 +85,12 @@ class File(Answer):
 
 
 class Group(Answer):
-    """What one group of a trial generated; `mean` is that of the log-probabilities of its tokens, nats."""
+    """What one group of a trial generated; mean log-probability of its tokens and standard error of that, nats."""
 
+    requests: int
     tokens: int
     mean: float | None = None
+    error: float | None = None
     nonfinite: int = 0
 
 

@@ -116,7 +116,9 @@ def _trial(trial: Trial, now: float) -> Iterator[Line]:
     yield [Piece("guard", "bold"), Piece(tries)]
     for name, group in sorted((trial.measured or {}).items()):
         mean = "-" if group.mean is None else f"{group.mean:.3f}"
-        yield line(f"  {name}: {group.tokens} tokens, mean log-probability {mean} nats, {group.nonfinite} non-finite")
+        error = "" if group.error is None else f" (error {group.error:.3f})"
+        what = f"{group.tokens} tokens of {group.requests} requests"
+        yield line(f"  {name}: {what}, mean log-probability {mean} nats{error}, {group.nonfinite} non-finite")
     if trial.reason:
         yield line(f"  {trial.reason}")
 

@@ -3,8 +3,8 @@
 Requests that choose nothing themselves are put into two groups by a hash of their id: `canary` runs under the new
 state, `rest` under the server's. The workers add up the log-probability of every token that either group generates,
 and count logits that are not finite. Over a window the means are compared, both ways: a model that is broken may be
-surer of what it says. The texts differ, so the difference has an error, and tokens of one request are not independent:
-the bound is the operator's, not a significance level.
+surer of what it says. The texts differ, so the difference has an error; requests, not tokens, were put into the groups
+by chance, so it is that of a mean over requests of unequal length.
 """
 
 from __future__ import annotations
@@ -24,12 +24,30 @@ ARGUMENT = "sluice.guard"
 
 @dataclass(frozen=True)
 class Measured:
-    """What one group generated: tokens, sum and sum of squares of their log-probabilities; non-finite logits."""
+    """What one group generated.
 
-    tokens: int = 0
+    Attributes
+    ----------
+    tokens, total
+        Tokens, and the sum of their log-probabilities, nats.
+    nonfinite
+        Rows of logits with NaN or infinity; they are not in `tokens`.
+    requests
+        Requests with a token.
+    tokens_squared, tokens_total, total_squared
+        Sums over requests of n^2, n s and s^2, where n are the tokens of a request and s the sum of theirs.
+    """
+
+    tokens: float = 0
     total: float = 0.0
-    squares: float = 0.0
-    nonfinite: int = 0
+    nonfinite: float = 0
+    requests: float = 0
+    tokens_squared: float = 0.0
+    tokens_total: float = 0.0
+    total_squared: float = 0.0
+
+    def __add__(self, other: Measured) -> Measured:
+        return Measured(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
     @property
     def mean(self) -> float:
@@ -38,10 +56,15 @@ class Measured:
 
     @property
     def error(self) -> float:
-        """Standard error of the mean, as if tokens were independent."""
-        if self.tokens < 2:
+        """Standard error of the mean: tokens of one request are not independent, requests are.
+
+        That of a ratio estimate (Cochran, Sampling Techniques, 3rd ed. 1977, section 2.11), with m the mean:
+        sqrt(k / (k - 1) sum_requests (s - m n)^2) / sum_requests n. Infinite with fewer than two requests.
+        """
+        if self.requests < 2:
             return math.inf
-        return math.sqrt(max(0.0, self.squares / self.tokens - self.mean**2) / self.tokens)
+        squares = self.total_squared - 2 * self.mean * self.tokens_total + self.mean**2 * self.tokens_squared
+        return math.sqrt(max(0.0, squares) * self.requests / (self.requests - 1)) / self.tokens
 
     @property
     def nonfinite_rate(self) -> float:
@@ -70,19 +93,11 @@ def combine(replies: Iterable[Mapping[str, Any]], number: int) -> dict[str, Meas
     for reply in replies:
         if reply.get("number") != number:
             continue
-        found = {group: Measured(*reply["groups"][group]) for group in GROUPS}
+        found = {group: Measured(**reply["groups"][group]) for group in GROUPS}
         known = by_engine.get(reply["engine"])
         if known is None or sum(m.tokens for m in found.values()) > sum(m.tokens for m in known.values()):
             by_engine[reply["engine"]] = found
-    return {
-        group: Measured(
-            sum(engine[group].tokens for engine in by_engine.values()),
-            sum(engine[group].total for engine in by_engine.values()),
-            sum(engine[group].squares for engine in by_engine.values()),
-            sum(engine[group].nonfinite for engine in by_engine.values()),
-        )
-        for group in GROUPS
-    }
+    return {group: sum((engine[group] for engine in by_engine.values()), Measured()) for group in GROUPS}
 
 
 def judge(measured: Mapping[str, Measured], seconds: float, settings: Guard) -> Verdict:
@@ -94,10 +109,13 @@ def judge(measured: Mapping[str, Measured], seconds: float, settings: Guard) -> 
             f"non-finite logits: {canary.nonfinite_rate:.2%} of the canary's rows, "
             f"{rest.nonfinite_rate:.2%} of the rest's",
         )
-    fewest = min(canary.tokens, rest.tokens)
+    tokens, requests = min(canary.tokens, rest.tokens), min(canary.requests, rest.requests)
     late = seconds > settings.patience_seconds
-    if fewest < settings.least_tokens:
-        text = f"{fewest} of {settings.least_tokens} tokens in the smaller group after {seconds:.0f} s"
+    if tokens < settings.least_tokens or requests < settings.least_requests:
+        text = (
+            f"{tokens:.0f} of {settings.least_tokens} tokens, {requests:.0f} of {settings.least_requests} requests "
+            f"in the smaller group after {seconds:.0f} s"
+        )
         return Verdict("roll back" if late else "wait", text)
     change = canary.mean - rest.mean
     error = math.hypot(canary.error, rest.error)

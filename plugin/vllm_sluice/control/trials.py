@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from typing import Any
 
 from vllm_sluice.control import guard, state
 from vllm_sluice.control.controller import Controller, NotReady, Outcome
@@ -39,7 +40,7 @@ async def look(controller: Controller) -> None:
         current = controller.journal.read().guard
         if current is None or current["number"] != trial["number"]:
             return
-        shown = {name: {**vars(group), "mean": _number(group.mean)} for name, group in measured.items()}
+        shown = {name: _shown(group) for name, group in measured.items()}
         controller.journal.update(guard={**trial, "measured": shown, "reason": verdict.reason})
     if verdict.action != "wait":
         await _conclude(controller, verdict.action, verdict.reason, trial["who"])
@@ -76,5 +77,12 @@ async def _conclude(controller: Controller, action: str, reason: str, who: str) 
         return Outcome(record.generation, {})
 
 
+def _shown(group: guard.Measured) -> dict[str, Any]:
+    return {
+        "requests": int(group.requests), "tokens": int(group.tokens), "nonfinite": int(group.nonfinite),
+        "mean": _number(group.mean), "error": _number(group.error),
+    }  # fmt: skip
+
+
 def _number(value: float) -> float | None:
-    return None if math.isnan(value) else round(value, 4)
+    return round(value, 4) if math.isfinite(value) else None
