@@ -56,7 +56,7 @@ from_debian() {
     echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $archive unstable main" > "$apt/sources.list"
     local options=(
         -o "Dir::Etc::SourceList=$apt/sources.list" -o Dir::Etc::SourceParts=- -o "Dir::State::Lists=$apt/lists"
-        -o "Dir::Cache=$apt/cache" -o APT::Sandbox::User=root -o APT::Update::Post-Invoke::=true
+        -o "Dir::Cache=$apt/cache" -o APT::Sandbox::User=root -o Acquire::Retries=3 -o APT::Update::Post-Invoke::=true
     )
     apt-get -qq "${options[@]}" update
     (cd "$apt/packages" && apt-get -qq "${options[@]}" download "${debian_packages[@]/%//unstable}")

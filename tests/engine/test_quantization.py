@@ -122,7 +122,7 @@ def recorded(twin_gated, text) -> Path:
         "--dtype", "float32", "--max-num-batched-tokens", "64", "--kv-cache-memory-bytes", str(64 << 20),
     ]  # fmt: skip
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLUICE_", "VLLM_CPU_KV"))}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     answer = json.loads(done.stdout)
     assert [(state, about["tokens"]) for state, about in answer["sections"].items()] == [

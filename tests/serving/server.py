@@ -11,10 +11,13 @@ import sys
 import time
 import urllib.parse
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tests.conftest import ROOT
+
+T = TypeVar("T")
 
 
 def free_port() -> int:
@@ -28,6 +31,21 @@ def get(url: str, timeout: float = 30) -> str:
     """Return the body of a URL as text."""
     with urllib.request.urlopen(url, timeout=timeout) as answer:
         return str(answer.read().decode())
+
+
+def eventually(hold: Callable[[], T], seconds: float = 30) -> T:
+    """Return what `hold` does once it raises no AssertionError or KeyError; after `seconds`, raise the last one.
+
+    For what other processes write in their own time, one after the other.
+    """
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            return hold()
+        except (AssertionError, KeyError):
+            if time.monotonic() > until:
+                raise
+        time.sleep(0.3)
 
 
 class Child:

@@ -146,7 +146,7 @@ def test_cached_prompts_follow_the_state(server, fresh):
 
 
 def switched_in_the_middle(server, ids: list[int]) -> tuple[list[int], list[float], int]:
-    """Generate 400 tokens, switch the gate off meanwhile, and return them with how many came before at most."""
+    """Generate 400 tokens, switch the gate off meanwhile, and return them with how many had come when it was done."""
     switch(server, True)
     tokens: list[int] = []
     values: list[float] = []
@@ -161,22 +161,24 @@ def switched_in_the_middle(server, ids: list[int]) -> tuple[list[int], list[floa
     while len(tokens) < 20:
         time.sleep(0.005)
     switch(server, False)
-    after = len(tokens) + 20  # some may be on their way; all that come after these are of the new state
+    come = len(tokens)
     reader.join(120)
     assert len(tokens) == 400
-    return tokens, values, after
+    return tokens, values, come
 
 
 def test_a_request_in_flight_goes_on_under_the_new_state(server):
+    """The last tokens are looked at, which look back at all others: those of the old state may come late."""
+    last = 60
     ids = server.complete(passages()[51][:200], 1)["choices"][0]["prompt_token_ids"]
-    for _ in range(5):  # on a busy machine the request may be over before the switch is
-        tokens, values, after = switched_in_the_middle(server, ids)
-        if after < 380:
+    for _ in range(8):  # on a busy machine the request may be over before the switch is
+        tokens, values, come = switched_in_the_middle(server, ids)
+        if come < 400 - 2 * last:
             break
-    assert after < 380, "the request was over before the switch, five times"
-    again = list(stream(server, ids + tokens[:after], 400 - after))
-    assert [token for token, _ in again] == tokens[after:]
-    assert apart([value for _, value in again], values[after:]) < EXACT
+    assert come < 400 - 2 * last, "the request was nearly over before the switch, eight times"
+    again = list(stream(server, ids + tokens[:-last], last))
+    assert [token for token, _ in again] == tokens[-last:]
+    assert apart([value for _, value in again], values[-last:]) < EXACT
     old = list(stream(server, ids, 400))
     assert apart([value for _, value in old], values) > 0.05, "the switch made no difference"
 
@@ -249,7 +251,7 @@ def test_an_edited_file_reaches_every_rank(server):
     assert request(server, "PUT", "patches/gate", {"enabled": None, "floor": None})[0] == 200
     for enabled in (False, True):
         file.write_text(json.dumps({**SETTINGS, "patches": {"gate": {"enabled": enabled}}}))
-        metrics = server.settled(("patch_enabled", "gate"), float(enabled))
+        metrics = server.settled(("patch_enabled", "gate"), float(enabled), seconds=45)  # a failure is tried anew in 30
         assert metrics["patch_enabled", "gate"] == float(enabled)
         assert request(server, "GET", "state")[1]["control"]["values"]["patches.gate.enabled"]["origin"] == "file"
     file.write_text("patches: [")

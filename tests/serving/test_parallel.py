@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +14,7 @@ from tests.conftest import passages
 from tests.engine.expected import expected
 from tests.engine.test_request_statistics import check as check_request
 from tests.engine.test_statistics import FLOAT32, check
-from tests.serving.server import Server
+from tests.serving.server import Server, eventually, get
 from tests.serving.test_control import EXACT, TOKEN, apart, logprobs, request, switch
 from tests.serving.test_server import SETTINGS
 from vllm_sluice.lab.export import export
@@ -71,10 +70,17 @@ def test_two_ranks_and_two_api_servers_report_as_one_model(two_ranks, four_heads
     answers = [two_ranks.complete(text[:300], 4)["choices"][0] for text in passages()[60:64]]
     sent = [[*choice["prompt_token_ids"], *choice["token_ids"][:-1]] for choice in answers]
     prompts = sum(len(ids) for ids in sent) - 3 * 4
-    for _ in range(4):  # whichever API server answers
-        metrics = two_ranks.settled(("tokens_observed_total", "decode"), 3 * 4)
+    statistics = expected(four_heads, sent)
+
+    def both_ranks() -> dict[tuple[str, ...], float]:
+        metrics = two_ranks.metrics()
+        assert metrics["tokens_observed_total", "decode"] == 3 * 4
         assert metrics["tokens_observed_total", "prefill"] == prompts
-        check(metrics, expected(four_heads, sent), {"default": FLOAT32})
+        check(metrics, statistics, {"default": FLOAT32})
+        return metrics
+
+    for _ in range(4):  # whichever API server answers
+        metrics = eventually(both_ranks)
         assert metrics["attention_heads", "000"] == 4
         assert {key[1] for key in metrics if key[0] == "snapshot_age_seconds"} == {"pp0-tp0", "pp0-tp1"}
         assert metrics["patch_enabled", "gate"] == 1
@@ -114,10 +120,15 @@ def test_two_pipeline_stages_and_two_api_servers(twin_gated, tmp_path):
         server.wait()
         choices = [server.complete(text[:300], 4)["choices"][0] for text in passages()[64:67]]
         sent = [[*choice["prompt_token_ids"], *choice["token_ids"][:-1]] for choice in choices]
-        server.settled(("tokens_observed_total", "decode"), 3 * 3)
-        time.sleep(1.5)  # the other stage writes its snapshot in its own time
-        metrics = server.metrics()
-        check(metrics, expected(twin_gated, sent), {"default": FLOAT32})
+        statistics = expected(twin_gated, sent)
+
+        def both_stages() -> dict[tuple[str, ...], float]:
+            metrics = server.metrics()
+            assert metrics["tokens_observed_total", "decode"] == 3 * 3
+            check(metrics, statistics, {"default": FLOAT32})
+            return metrics
+
+        metrics = eventually(both_stages)
         assert {key[1] for key in metrics if key[0] == "snapshot_age_seconds"} == {"pp0-tp0", "pp1-tp0"}
         requests_get_their_own_statistics(server, twin_gated)
         both_follow_a_switch(server, ranks=2)
@@ -128,8 +139,6 @@ def test_two_pipeline_stages_and_two_api_servers(twin_gated, tmp_path):
 def test_two_engines_are_told_apart(twin_gated, tmp_path):
     from prometheus_client.parser import text_string_to_metric_families
 
-    from tests.serving.server import get
-
     server = Server(
         twin_gated, tmp_path, CONTROLLED, [*OPTIONS, "--data-parallel-size", "2"], {"SLUICE_ADMIN_TOKEN": TOKEN}
     )
@@ -137,18 +146,19 @@ def test_two_engines_are_told_apart(twin_gated, tmp_path):
         server.wait()
         for text in passages()[70:78]:
             server.complete(text[:200], 2)
-        found: dict[str, float] = {}
-        for _ in range(60):
+
+        def both_engines() -> dict[str, float]:
             found = {
                 sample.labels["engine"]: sample.value
                 for family in text_string_to_metric_families(get(f"{server.url}/metrics"))
                 for sample in family.samples
                 if sample.name == "sluice_tokens_observed_total" and sample.labels["phase"] == "decode"
             }
-            if sum(found.values()) == 8:
-                break
-        assert set(found) == {"0", "1"}
-        assert sum(found.values()) == 8
+            assert set(found) == {"0", "1"}
+            assert sum(found.values()) == 8
+            return found
+
+        found = eventually(both_engines)
         assert all(found.values()), "the load balancer gave one engine nothing"
         requests_get_their_own_statistics(server, twin_gated)
         both_follow_a_switch(server, ranks=2)

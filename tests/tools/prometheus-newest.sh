@@ -35,7 +35,7 @@ unpack() {  # SUITE
     local options=(
         -o "Dir::Etc::SourceList=$area/sources.list" -o "Dir::Etc::SourceParts=$area/parts"
         -o "Dir::State::Lists=$area/lists" -o "Dir::Cache=$area/cache" -o "Dir::State::status=$area/status"
-        -o APT::Sandbox::User=root -o Acquire::Languages=none
+        -o APT::Sandbox::User=root -o Acquire::Retries=3 -o Acquire::Languages=none
     )
     apt-get -qq "${options[@]}" update || return
     cd "$area/debs"

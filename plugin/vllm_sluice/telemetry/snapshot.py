@@ -23,6 +23,9 @@ import numpy as np
 SUFFIX = ".snapshot"
 _MAGIC = b"SLUICE01"
 _FIXED = struct.Struct("<8sQdI")
+_QUICK_ATTEMPTS = 10
+_TIME_SLICE = 0.001
+"""Seconds that a reader waits for a writer that lost its processor."""
 
 
 @dataclass(frozen=True)
@@ -141,16 +144,19 @@ class SnapshotReader:
         self._size = 8 * len(written)
         self._body = _align(_FIXED.size + length)
 
-    def read(self, attempts: int = 100) -> Snapshot | None:
-        """Return a consistent snapshot, or None if a writer was in the way `attempts` times."""
-        for _ in range(attempts):
+    def read(self, attempts: int = 50) -> Snapshot | None:
+        """Return a consistent snapshot, or None if a writer was in the way `attempts` times.
+
+        A writer is done in microseconds, unless it loses its processor in the middle: the later attempts wait for that.
+        """
+        for attempt in range(attempts):
             _, before, written, _ = _FIXED.unpack(self._map[: _FIXED.size])
             body = self._map[self._body : self._body + self._size]
             _, after, _, _ = _FIXED.unpack(self._map[: _FIXED.size])
             if before == after and before % 2 == 0:
                 values = np.frombuffer(body, np.float64)[self._places]
                 return Snapshot(self.info, self.series, values, written)
-            time.sleep(0)
+            time.sleep(0 if attempt < _QUICK_ATTEMPTS else _TIME_SLICE)
         return None
 
 
