@@ -329,8 +329,14 @@ class Rank:
         return self.state()
 
     def _compare(self) -> None:
-        """Compare with what the baseline recorded for the patch state now in force."""
-        self._baseline.follow({kind: kind in self._patches and self._patches[kind].enabled for kind in self._kinds})
+        """Compare with what the baseline recorded for the patch state and the parameters now in force."""
+        acts = {kind: kind in self._patches and self._patches[kind].enabled for kind in self._kinds}
+        parameters = {
+            f"{kind}.{name}": value
+            for kind, patch in self._patches.items()
+            for name, value in patch.parameters.items()
+        }
+        self._baseline.follow(acts, parameters)
         for probe in self._probes:
             probe.calibrate(self._baseline.section)
 

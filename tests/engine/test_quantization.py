@@ -164,6 +164,18 @@ def test_the_same_text_has_a_ratio_of_one_to_its_baseline(make_engine, twin_gate
                 clipped = metrics["quantization_clipped_total", layer, site]
                 assert clipped / metrics["quantization_elements_total", layer, site] < 1e-4
 
+    recorded_with = found.sections["gate=1"].parameters
+    assert recorded_with == {"gate.floor": 0.0, "gate.temperature": 1.0}
+    assert found.sections["gate=0"].parameters == {}
+    for temperature, sections in ((1.5, 0), (1.0, 1)):
+        engine.rpc("apply", {"patches": {"gate": {"temperature": temperature}}})
+        engine.fresh_windows()
+        engine.generate(same_prompts(engine, text)[:1], 1)
+        metrics = engine.metrics()
+        assert metrics["baseline_good",] == 1
+        assert len([k for k in metrics if k[0] == "baseline_info"]) == sections
+        assert (("quantization_headroom_ratio", LAYERS[0], SITES[0], "int8", "static") in metrics) == bool(sections)
+
 
 def test_values_beyond_the_baseline_are_counted_and_cost_signal(make_engine, twin_gated, recorded, text, prompts):
     """Half of every recorded value, for the enabled gate only."""

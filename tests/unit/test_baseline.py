@@ -142,7 +142,7 @@ def test_a_baseline_of_another_model_is_refused(model, count, said):
 def test_layers_that_were_not_recorded_are_named_and_the_others_compared(write, caplog):
     with caplog.at_level(logging.WARNING, logger="vllm.sluice"):
         current = BaselineInForce(str(write(TREE)), "twin", [0, 1, 2, 5], 6)
-    current.follow({"gate": True})
+    current.follow({"gate": True}, {})
     assert exported(current)["good",] == 1
     assert ("activation_abs_max", "001") in exported(current)
     assert "the section gate=1 of the baseline lacks the layers 2, 5" in caplog.text
@@ -186,7 +186,7 @@ def test_a_rank_exports_the_section_of_the_patch_state_in_force(write, caplog):
     current = BaselineInForce(str(path), "twin", [0, 1], 2)
     sections = baseline.read(path).sections
     assert exported(current) == {("good",): 1.0}
-    current.follow({"gate": True})
+    current.follow({"gate": True}, {})
     wanted = {
         ("good",): 1.0,
         ("info", sections["gate=1"].digest, "gate=1"): 1.0,
@@ -196,28 +196,50 @@ def test_a_rank_exports_the_section_of_the_patch_state_in_force(write, caplog):
         ("activation_abs_max", "001"): 20.0,
     }
     assert exported(current) == wanted
-    current.follow({"gate": False})
+    current.follow({"gate": False}, {})
     assert ("info", sections["gate=0"].digest, "gate=0") in exported(current)
     with caplog.at_level(logging.WARNING, logger="vllm.sluice"):
         for _ in range(2):
-            current.follow({"gate": True, "kv_bias": True})
+            current.follow({"gate": True, "kv_bias": True}, {})
     assert exported(current) == {("good",): 1.0}
     assert current.section is None
     assert caplog.text.count("the baseline has no section for gate=1,kv_bias=1; it has: gate=1, gate=0") == 1
+
+
+def test_a_section_recorded_with_other_parameters_is_not_in_force(write, caplog):
+    section = {**TREE["sections"]["gate=1"], "parameters": {"gate.floor": 0.0, "gate.temperature": 1.5}}
+    current = BaselineInForce(str(write({**TREE, "sections": {**TREE["sections"], "gate=1": section}})), "twin", [0], 2)
+    with caplog.at_level(logging.WARNING, logger="vllm.sluice"):
+        current.follow({"gate": True}, {"gate.temperature": 1.5, "gate.floor": 0.0})
+        assert current.state == "gate=1"
+        assert caplog.text == ""
+        for _ in range(2):
+            current.follow({"gate": True}, {"gate.temperature": 1.0, "gate.floor": 0.0})
+            assert exported(current) == {("good",): 1.0}
+            assert current.section is None
+    said = "no section for the parameters in force; gate=1 was recorded with gate.temperature 1.5 (now 1)"
+    assert caplog.text.count(said) == 1
+    current.follow({"gate": False}, {"gate.temperature": 1.0, "gate.floor": 0.0})
+    assert current.state == "gate=0"
+    current.follow({"gate": True}, {})
+    assert current.state is None
+    assert "gate.floor 0 (not known here), gate.temperature 1.5 (not known here)" in caplog.text
+    current.follow({"gate": True}, {"gate.temperature": 1.5, "gate.floor": 0.0})
+    assert current.state == "gate=1"
 
 
 @pytest.mark.parametrize("content", ["{", {**TREE, "model": "other"}])
 def test_a_bad_baseline_is_logged_and_not_good(write, caplog, content):
     with caplog.at_level(logging.ERROR, logger="vllm.sluice"):
         current = BaselineInForce(str(write(content)), "twin", [0, 1], 2)
-    current.follow({"gate": True})
+    current.follow({"gate": True}, {})
     assert exported(current) == {("good",): 0.0}
     assert "sluice: no baseline, the server goes on: " in caplog.text
 
 
 def test_without_a_baseline_nothing_is_exported():
     current = BaselineInForce(None, "twin", [0, 1], 2)
-    current.follow({"gate": True})
+    current.follow({"gate": True}, {})
     assert exported(current) == {}
     assert np.isnan(current.values()).all()
 
@@ -354,6 +376,20 @@ def test_recording_from_a_server_sees_every_window(sluice, server, tmp_path):
     assert list(json.loads(out)["sections"]) == ["gate=0"]
     assert sorted(baseline.read(path).sections) == ["gate=0", "gate=1"]
     assert path.stat().st_mode & 0o044  # the server may run as another user
+
+
+def test_the_parameters_of_patches_that_act_are_written_down(sluice, server, tmp_path):
+    traffic(server)
+    path = tmp_path / "baseline.json"
+    server.values["sluice_patch_parameter", 'patch="gate",parameter="temperature"'] = 1.5
+    server.values["sluice_patch_parameter", 'patch="gate",parameter="floor"'] = 0.0
+    assert sluice("record", "--url", server.url, "--seconds", "0.2", "--output", path)[0] == 0
+    assert baseline.read(path).sections["gate=1"].parameters == {"gate.floor": 0.0, "gate.temperature": 1.5}
+    assert sluice("show", path)[1].splitlines()[2].endswith(", gate.floor 0, gate.temperature 1.5")
+
+    server.values["sluice_patch_enabled", 'patch="gate"'] = 0.0
+    assert sluice("record", "--url", server.url, "--seconds", "0.2", "--output", path, "--append")[0] == 0
+    assert baseline.read(path).sections["gate=0"].parameters == {}
 
 
 def test_a_patch_that_is_not_installed_does_not_act(sluice, server, tmp_path):

@@ -156,13 +156,17 @@ def _show(args: argparse.Namespace) -> int:
     print(f"{args.file}: {found.model}")
     for state, section in found.sections.items():
         print(f"\n{state}  ({section.digest}): {section.tokens} tokens from {section.source}, {section.recorded}, "
-              f"sluice {section.sluice_version}, vLLM {section.vllm_version}")  # fmt: skip
+              f"sluice {section.sluice_version}, vLLM {section.vllm_version}{_parameters(section)}")  # fmt: skip
         print("\n".join(_table(section)))
     return 0
 
 
 def _about(section: Section) -> dict[str, Any]:
     return {"baseline": section.digest, **section.model_dump(mode="json", exclude={"layers"})}
+
+
+def _parameters(section: Section) -> str:
+    return "".join(f", {name} {value:g}" for name, value in sorted(section.parameters.items()))
 
 
 def _table(section: Section) -> list[str]:

@@ -56,6 +56,16 @@ class _Scrape:
         return {patch: True in values for patch, values in acts.items()}
 
     @property
+    def parameters(self) -> dict[str, float]:
+        """Run-time parameters of the patches that act, such as `gate.temperature`."""
+        acting = {patch for patch, acts in self.patches.items() if acts}
+        return {
+            f"{labels['patch']}.{labels['parameter']}": value
+            for labels, value in self.values("sluice_patch_parameter")
+            if labels["patch"] in acting
+        }
+
+    @property
     def ranks(self) -> set[str]:
         """Ranks that report, such as `dp0-pp0-tp1`."""
         return {f"dp{labels['engine']}-{labels['rank']}" for labels, _ in self.values("sluice_generation")}
@@ -394,6 +404,7 @@ def _section(recorder: Recorder, scrape: _Scrape, source: str, tokens: int) -> S
         tokens=tokens,
         sluice_version=scrape.about("version"),
         vllm_version=scrape.about("vllm_version"),
+        parameters=scrape.parameters,
     )
 
 

@@ -70,6 +70,9 @@ class Section(_Strict):
         Tokens seen.
     sluice_version, vllm_version
         What measured.
+    parameters
+        Run-time parameters of the patches that act, such as `gate.temperature`; those that are not named may have any
+        value.
     layers
         By layer label, such as `007`.
     """
@@ -79,6 +82,7 @@ class Section(_Strict):
     tokens: Annotated[int, Field(ge=1)]
     sluice_version: str
     vllm_version: str
+    parameters: Mapping[str, float] = {}
     layers: Annotated[Mapping[str, Layer], Field(min_length=1)]
 
     @field_validator("layers")
@@ -128,6 +132,15 @@ class Baseline(_Strict):
 def state_text(patches: Mapping[str, bool]) -> str:
     """Write a patch state, such as `gate=1`; patches that are not installed do not act."""
     return ",".join(f"{name}={int(acts)}" for name, acts in sorted(patches.items()))
+
+
+def different(recorded: Mapping[str, float], current: Mapping[str, float]) -> str:
+    """Say which parameters had another value when a section was recorded; empty if none."""
+    return ", ".join(
+        f"{name} {value:g} (now {current[name]:g})" if name in current else f"{name} {value:g} (not known here)"
+        for name, value in sorted(recorded.items())
+        if current.get(name) != value
+    )
 
 
 def acting(state: str) -> frozenset[str]:
@@ -211,7 +224,7 @@ class BaselineInForce:
     def __init__(self, path: str | None, model: str, layers: Iterable[int], count: int) -> None:
         self._configured = path is not None
         self._baseline: Baseline | None = None
-        self._followed = ""
+        self._missing: str | None = None
         self.state: str | None = None
         if path is None:
             return
@@ -231,15 +244,18 @@ class BaselineInForce:
         """What was recorded for the patch state now in force."""
         return self._baseline.sections[self.state] if self._baseline and self.state else None
 
-    def follow(self, patches: Mapping[str, bool]) -> None:
-        """Take the section of a patch state."""
+    def follow(self, patches: Mapping[str, bool], parameters: Mapping[str, float]) -> None:
+        """Take the section of a patch state, if it was recorded with the same parameters, such as `gate.floor`."""
         if self._baseline is None:
             return
-        before, self._followed = self._followed, state_text(patches)
-        self.state = self._baseline.find(patches)
-        if self.state is None and self._followed != before:
-            have = ", ".join(self._baseline.sections)
-            logger.warning("sluice: the baseline has no section for %s; it has: %s", self._followed, have)
+        self.state, before, self._missing = self._baseline.find(patches), self._missing, None
+        if self.state is None:
+            self._missing = f"no section for {state_text(patches)}; it has: {', '.join(self._baseline.sections)}"
+        elif other := different(self._baseline.sections[self.state].parameters, parameters):
+            self._missing = f"no section for the parameters in force; {self.state} was recorded with {other}"
+            self.state = None
+        if self._missing is not None and self._missing != before:
+            logger.warning("sluice: the baseline has %s; nothing is compared with it", self._missing)
 
     def _labels(self) -> list[str]:
         sections = self._baseline.sections.values() if self._baseline else ()
