@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
@@ -15,6 +16,7 @@ from tests.live.site import (
     clock,
     exact,
     focus,
+    moments,
     of,
     opened,
     pixels,
@@ -69,6 +71,25 @@ def check(page, model: Model, metric: str, part, steps: list[int], written: str 
 
 def every(model: Model, metric: str, steps: range = range(STEPS)) -> list[float]:
     return [shown(v) for step in steps for v in of(model, metric, step)]
+
+
+@pytest.fixture
+def zone(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run in a time zone, given as POSIX spells it: the names of zones need files that may not be there."""
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", request.param)
+        time.tzset()
+        yield
+    time.tzset()
+
+
+@pytest.mark.parametrize("zone", ["UTC0", "IST-5:30", "CET-1CEST,M3.5.0,M10.5.0/3"], indirect=True)
+@pytest.mark.parametrize("day", [1774742400, 1792886400, 1795910400], ids=["spring forward", "fall back", "no change"])
+@pytest.mark.parametrize(("span", "apart"), [(10800, 900), (900, 60), (60, 5)])
+def test_an_axis_is_read_at_any_hour_of_the_day(zone, day, span, apart):
+    for now in range(day, day + 86400, 420):
+        marks = [float(t) for t in range(now - span, now + 1) if t % apart == 0]
+        assert moments([clock(t)[: 8 if apart < 60 else 5] for t in marks], now + 0.7) == marks, clock(now)
 
 
 def test_every_cell_has_the_colour_of_its_value(browser, serve):
