@@ -51,8 +51,8 @@ def opened(browser: Browser, url: str, width: int = 1440, dark: bool = False) ->
 
 
 def still(page: Page) -> Page:
-    """Pause the page, so that no refresh comes between two readings."""
-    page.click("#pause")
+    """Pause the page, so that no refresh comes between two readings, nor moves the button away from a pointer."""
+    page.evaluate("document.getElementById('pause').click()")
     return page
 
 
