@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import ROOT, need_program
@@ -405,7 +405,6 @@ def test_the_passages_are_a_known_book():
     assert all(passages())
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(context=st.integers(32, 40_000), seed=st.integers(0, 1000))
 def test_prompts_differ_in_length_repeat_now_and_then_and_fit_the_context(context, seed):
     source = PromptSource(passages(), context, seed)
