@@ -51,8 +51,8 @@ def opened(browser: Browser, url: str, width: int = 1440, dark: bool = False) ->
 
 
 def still(page: Page) -> Page:
-    """Pause the page, so that no refresh comes between two readings."""
-    page.click("#pause")
+    """Pause the page, so that no refresh comes between two readings, nor moves the button away from a pointer."""
+    page.evaluate("document.getElementById('pause').click()")
     return page
 
 
@@ -141,14 +141,26 @@ def pixels(page: Page, metric: str) -> list[list[list[int]]]:
     return [cells[y * width : (y + 1) * width] for y in range(found["height"])]
 
 
+def moments(labels: list[str], now: float) -> list[float]:
+    """Return when the marks of a time axis are, given what a clock shows there; the last one is not long before `now`.
+
+    A clock tells no date, and shows an hour twice when summer time ends: the time is looked for from `now` backwards.
+    """
+    form, unit = ("%H:%M:%S", 1) if labels[-1].count(":") == 2 else ("%H:%M", 60)
+    found, before = [], int(now) // unit * unit
+    for label in reversed(labels):
+        day = range(before, before - 86400, -unit)
+        found.append(next(t for t in day if time.strftime(form, time.localtime(t)) == label))
+        before = found[-1] - unit
+    return [float(t) for t in reversed(found)]
+
+
 def timescale(page: Page) -> Callable[[float], int]:
-    """Return which pixel column a time is drawn in, as the ticks of the axis say."""
+    """Return which pixel column a time is drawn in, as the ticks of the axis say; the browser has our time zone."""
     ticks = page.evaluate(
         "[...document.querySelectorAll('#axis span')].map(s => [s.innerText, parseFloat(s.style.left)])"
     )
     width = page.evaluate("document.querySelector('canvas').width")
-    day = time.strftime("%Y-%m-%d ")
-    form = "%Y-%m-%d %H:%M:%S" if ticks[0][0].count(":") == 2 else "%Y-%m-%d %H:%M"
-    at = [(time.mktime(time.strptime(day + word, form)), left / 100 * width) for word, left in ticks]
-    (t0, x0), (t1, x1) = at[0], at[-1]
+    at = moments([word for word, _ in ticks], time.time())
+    (t0, x0), (t1, x1) = ((t, left / 100 * width) for t, (_, left) in ((at[0], ticks[0]), (at[-1], ticks[-1])))
     return lambda moment: int(x0 + (moment - t0) * (x1 - x0) / (t1 - t0))

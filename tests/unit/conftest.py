@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.browser import CHROMIUM, Browser
 from tests.conftest import need_program
@@ -16,6 +17,10 @@ from tests.live.synthetic import served as live_served
 from tests.unit.adminapi import AdminApi, served
 from vllm_sluice.config import Live
 from vllm_sluice.telemetry.collector import SnapshotCollector
+
+# The machine may be busy. All else is as Hypothesis has it, which differs where `CI` is set.
+settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unhurried")
 
 
 @pytest.fixture

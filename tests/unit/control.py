@@ -47,7 +47,7 @@ class MemoryRank:
 
 
 class MemoryEngines:
-    """Two ranks; `log` holds what was called, in order."""
+    """Two ranks; `log` holds what was called, in order. They answer a call once `answers` is set, as it is at first."""
 
     def __init__(self) -> None:
         self.ranks = [MemoryRank("pp0-tp0"), MemoryRank("pp0-tp1")]
@@ -57,6 +57,8 @@ class MemoryEngines:
         self.silent: set[str] = set()
         self.speculates = False
         self.slow = 0.0
+        self.answers = asyncio.Event()
+        self.answers.set()
         self.unreachable = False
         self.log: list[str] = []
 
@@ -80,6 +82,7 @@ class MemoryEngines:
         if operation != "state":
             self.log.append(f"{operation} {state['generation'] if state else ''}".strip())
         await asyncio.sleep(self.slow)
+        await self.answers.wait()
         if self.unreachable:
             raise RuntimeError("engine core died, say")
         return [rank.answer(operation, state) for rank in self.ranks if rank.name not in self.silent]

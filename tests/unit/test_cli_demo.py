@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import ROOT, need_program
@@ -81,11 +83,17 @@ def runs(pid: int) -> bool:
         return False
 
 
-def wait_for(condition, seconds: float = 20.0) -> None:
+def wait_for(condition, seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.05)
+
+
+def grandchild_in(log: Callable[[], str]) -> int:
+    """Wait for the whole first line of a server's log, which Python writes in several parts."""
+    wait_for(lambda: "\n" in log())
+    return int(log().split()[1])
 
 
 @pytest.fixture
@@ -161,8 +169,7 @@ def child(tmp_path):
 
 def test_stopping_a_child_ends_what_it_started(child):
     server = child(SERVER, str(free_port()))
-    wait_for(lambda: "grandchild" in server.log.read_text())
-    grandchild = int(server.log.read_text().split()[1])
+    grandchild = grandchild_in(server.log.read_text)
     assert runs(grandchild)
     server.stop()
     assert server.exit_status == -signal.SIGTERM
@@ -277,17 +284,18 @@ def whole(tmp_path, model):
 
 
 def test_the_demo_serves_sends_reports_and_leaves_nothing(whole):
-    process = whole("--duration", "2")
-    wait_for(lambda: list(process.scratch.glob("*/server.log")) and "grandchild" in process.log())
-    grandchild = int(process.log().split()[1])
+    process = whole("--duration", "5")
+    wait_for(lambda: list(process.scratch.glob("*/server.log")))
+    grandchild = grandchild_in(process.log)
     assert process.wait(60) == 0, process.text()
     text = process.text()
     assert "twin is being served (ready after" in text
     for url in ("/plugins/sluice/", "/metrics", "/v1"):
         assert f"{url}\n" in text
     last = text.strip().splitlines()[-1]
-    assert last.startswith("traffic: 2 s, ")
-    assert int(last.split()[3]) > 0
+    assert (found := re.match(r"traffic: (\d+) s, (\d+) requests, ", last)), last
+    assert int(found[1]) >= 5
+    assert int(found[2]) > 0
     assert "errors" not in last
     assert not runs(grandchild)
     assert list(process.scratch.glob("sluice-demo-*")) == []
@@ -296,8 +304,8 @@ def test_the_demo_serves_sends_reports_and_leaves_nothing(whole):
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_everything_cleanly(whole, how):
     process = whole()
-    wait_for(lambda: "is being served" in process.text(), 60)
-    grandchild = int(process.log().split()[1])
+    wait_for(lambda: "is being served" in process.text())
+    grandchild = grandchild_in(process.log)
     process.send_signal(how)
     assert process.wait(30) == 0
     assert "Traceback" not in process.text()
@@ -324,8 +332,8 @@ def test_a_server_that_cannot_start_ends_the_demo_with_the_reason(whole):
 
 def test_a_server_that_dies_later_ends_the_demo(whole):
     process = whole()
-    wait_for(lambda: "is being served" in process.text(), 60)
-    grandchild = int(process.log().split()[1])
+    wait_for(lambda: "is being served" in process.text())
+    grandchild = grandchild_in(process.log)
     parent = int(Path(f"/proc/{grandchild}/stat").read_text().rpartition(")")[2].split()[1])
     os.kill(parent, signal.SIGKILL)
     assert process.wait(30) == 1
@@ -335,7 +343,7 @@ def test_a_server_that_dies_later_ends_the_demo(whole):
 
 def test_a_server_that_answers_nothing_is_an_error(whole):
     broken = SERVER.replace('request["max_tokens"] > 128', "True")
-    process = whole("--duration", "2", server=broken)
+    process = whole("--duration", "5", server=broken)
     assert process.wait(60) == 1
     assert "sluice: no request was answered; the last error was: " in process.text()
 
@@ -397,7 +405,6 @@ def test_the_passages_are_a_known_book():
     assert all(passages())
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(context=st.integers(32, 40_000), seed=st.integers(0, 1000))
 def test_prompts_differ_in_length_repeat_now_and_then_and_fit_the_context(context, seed):
     source = PromptSource(passages(), context, seed)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from safetensors.numpy import save_file
@@ -144,7 +144,6 @@ def test_a_dtype_without_plain_numbers_is_listed_without_values(inspect, tmp_pat
     assert "F8_E4M3  ?" in out
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(arrays.arrays(np.float32, (3, 5), elements=st.floats(allow_nan=False, width=32)))
 def test_values_survive_the_file(tmp_path_factory, values):
     path = tmp_path_factory.mktemp("values") / "a.safetensors"
@@ -227,7 +226,6 @@ def test_a_file_that_was_cut_off_is_refused(inspect, sidecar):
     assert "is it cut off?" in err
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(st.binary(max_size=200))
 def test_no_bytes_crash_the_reader(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("any") / "a.safetensors"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
@@ -324,7 +324,6 @@ def test_the_table_of_other_values_covers_every_setting_of_patches_and_probes():
     assert set(OTHER_VALUES) == BUILT_IN | RUNTIME
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(st.sampled_from(sorted(OTHER_VALUES)))
 def test_a_structural_key_changes_the_fingerprint_and_a_runtime_key_does_not(path):
     changed = Config.model_validate_json(json.dumps(nested(path, OTHER_VALUES[path])))
@@ -338,7 +337,6 @@ def test_settings_outside_the_model_leave_the_fingerprint_alone(write, text):
     assert load(write(text), {}).config.structural_fingerprint() == Config().structural_fingerprint()
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(
     queries=st.integers(-10, 300),
     window=st.floats(-10, 4000, allow_nan=False),
@@ -360,7 +358,6 @@ def test_what_is_accepted_obeys_every_bound(queries, window, interval):
     assert accepted is allowed
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(
     st.dictionaries(st.text(max_size=8), st.none() | st.booleans() | st.integers() | st.text(max_size=5), max_size=3)
 )

@@ -227,7 +227,7 @@ schema = schemathesis.openapi.from_asgi("/openapi.json", fuzzed())
 
 
 @schema.parametrize()
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_schemathesis(case):
     """Statuses, content types and bodies are as documented, and no input makes a server error."""
     case.call_and_validate(headers=ANN)

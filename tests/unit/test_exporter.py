@@ -16,6 +16,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families
@@ -148,14 +149,19 @@ def test_a_rank_whose_process_ended_is_left_out(tmp_path):
         assert "sluice_gate_mean" not in get(f"{url}/metrics")[2]
 
 
-def test_without_the_process_in_sight_age_decides(tmp_path):
+def test_without_the_process_in_sight_age_decides(tmp_path, monkeypatch):
     """In a container of its own the exporter sees another process, or none, under the rank's number."""
     values = {synthetic.series("gate_mean", layer="000"): 0.5}
-    synthetic.write(tmp_path, synthetic.info("pp0-tp0", pid=ended_process()), values)
-    with exporter("--run-dir", str(tmp_path), "--gone-after", "3") as url:
+    writer = synthetic.write(tmp_path, synthetic.info("pp0-tp0", pid=ended_process()), values)
+    with exporter("--run-dir", str(tmp_path), "--gone-after", "60") as url:
         assert value(get(f"{url}/metrics")[2], "gate_mean", layer="000") == 0.5
-        time.sleep(3.2)
+        long_ago = time.time() - 61
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "time", lambda: long_ago)
+            writer.write(np.array([0.25]))
         assert "sluice_gate_mean" not in get(f"{url}/metrics")[2]
+        writer.write(np.array([0.75]))
+        assert value(get(f"{url}/metrics")[2], "gate_mean", layer="000") == 0.75
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can start the exporter as another user")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import math
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -127,6 +129,8 @@ class Guarded(MemoryEngines):
     """Engines whose groups generate tokens of a given quality."""
 
     canary = -2.0
+    ahead = 0.0
+    """By how many seconds a trial is older than it is."""
 
     async def call(self, operation: str, state: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
         if operation != "guard":
@@ -143,8 +147,9 @@ def engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Guarded:
     engines = Guarded()
     file = tmp_path / "sluice.yaml"
     file.write_text(
-        "control: {watch_seconds: 0.1, guard: {enabled: true, window_seconds: 3, least_tokens: 100, share: 0.2}}\n"
+        "control: {watch_seconds: 0.1, guard: {enabled: true, window_seconds: 60, least_tokens: 100, share: 0.2}}\n"
     )
+    monkeypatch.setattr(trials, "time", SimpleNamespace(time=lambda: time.time() + engines.ahead))
     monkeypatch.setenv("SLUICE_CONFIG", str(file))
     engines.controller = Controller(Journal(tmp_path / "run", "a"), engines, config.load(), engines.reports)
     return engines
@@ -165,8 +170,11 @@ def test_a_harmless_patch_is_tried_and_then_switched_for_all(engines):
         assert (trial["patch"], trial["enabled"], trial["share"]) == ("gate", False, 0.2)
         with pytest.raises(TrialUnderWay, match="DELETE guard"):
             await controller.change({"patches.gate.floor": 0.5}, who="bob")
-        await until(lambda: gate(engines) == [False, False], 20)
-        assert controller.journal.read().guard is None
+        await until(lambda: controller.journal.read().guard["measured"] is not None)
+        assert gate(engines) == [True, True]
+        engines.ahead = 60.0
+        await until(lambda: controller.journal.read().guard is None)
+        assert gate(engines) == [False, False]
 
     following(controller, scenario)
     assert audit(engines) == [("admin", "tried"), ("guard", "applied")]
@@ -186,7 +194,7 @@ def test_a_harmful_patch_is_rolled_back_before_the_window_is_over(engines):
     assert gate(engines) == [True, True]
     assert audit(engines) == [("admin", "tried"), ("guard", "rolled back")]
     change = controller.journal.changes(1)[0]
-    assert change["seconds"] < 3
+    assert change["seconds"] < 60
     assert "-3.000 against -2.000 nats" in change["error"]
     assert ("sluice_switches_total", (("result", "rolled_back"),), 1.0) in list(server_values(controller.journal))
     assert "pause" not in engines.log
@@ -219,8 +227,10 @@ def test_a_trial_keeps_what_was_asked(engines):
 
     async def scenario() -> None:
         assert (await controller.change({"patches.gate.enabled": None}, who="ann")).tried
-        await until(lambda: gate(engines) == [True, True], 20)
+        assert gate(engines) == [False, False]
+        engines.ahead = 60.0
         await until(lambda: controller.journal.read().guard is None)
+        assert gate(engines) == [True, True]
 
     following(controller, scenario)
     assert controller.journal.read().admin == {}
@@ -232,10 +242,13 @@ def test_a_verdict_waits_for_an_engine_that_somebody_paused(engines):
     async def scenario() -> None:
         await controller.change(OFF, who="ann")
         engines.paused = True
-        await asyncio.sleep(3.5)
+        engines.ahead = 60.0
+        await asyncio.sleep(0.5)
         assert controller.journal.read().guard is not None
+        assert audit(engines) == [("admin", "tried")]
         engines.paused = False
-        await until(lambda: gate(engines) == [False, False], 20)
+        await until(lambda: controller.journal.read().guard is None)
+        assert gate(engines) == [False, False]
 
     following(controller, scenario)
 

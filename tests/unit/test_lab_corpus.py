@@ -69,7 +69,7 @@ def test_rows_of_a_short_text_are_refused():
         Rows(np.arange(17, dtype=np.uint16), 16)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**31), step=st.integers(0, 10**6), rows=st.integers(1, 8))
 def test_the_data_order_is_a_function_of_seed_and_step(seed, step, rows):
     tokens = np.arange(2, 402, dtype=np.uint16)

@@ -75,7 +75,7 @@ def test_ignored_rows_and_non_finite_entries_leave_no_trace():
     assert torch.isfinite(state["moments"]).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     values=st.lists(st.floats(min_value=2.0**-23, max_value=2.0**23, width=32), min_size=1, max_size=400),
     share=st.sampled_from([0.1, 0.5, 0.9, 0.99]),

@@ -38,7 +38,7 @@ ENERGY = 1e-4
 reals = st.floats(min_value=-1e4, max_value=1e4, width=32)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(values=st.lists(reals, min_size=1, max_size=64), exponent=st.integers(-12, 12), number=st.sampled_from(FORMATS))
 def test_with_a_scale_that_is_a_power_of_two_every_value_equals_the_definition(values, exponent, number):
     """All is exact then: ties, values below the smallest normal number, and values beyond the range."""
@@ -92,7 +92,7 @@ def test_energies_equal_the_reference(dtype):
                 assert found[site, index].tolist() == pytest.approx([signal, noise], rel=ENERGY), (site, number, scale)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     rows=st.lists(
         st.lists(st.floats(width=32, allow_subnormal=False), min_size=8, max_size=8), min_size=1, max_size=6

@@ -8,6 +8,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from openai import OpenAI
 
 _CHARACTERS_A_TOKEN = 2.5
 """Low for any tokenizer on English text, so that a prompt does not outgrow its share of the context."""
@@ -61,16 +65,27 @@ class PromptSource:
 
 
 class Traffic:
-    """Sends requests from a few threads until stopped."""
+    """Sends requests from a few threads until stopped.
+
+    The OpenAI client, which takes a while to load, is loaded here: once `start` returns, requests are under way.
+    """
 
     def __init__(self, base_url: str, model: str, context: int, clients: int) -> None:
-        self._base_url = base_url
+        from openai import OpenAI
+
         self._model = model
         self._totals = Totals()
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._threads = [
-            threading.Thread(target=self._send, args=(PromptSource(passages(), context, seed),), daemon=True)
+            threading.Thread(
+                target=self._send,
+                args=(
+                    OpenAI(base_url=base_url, api_key="not-needed", max_retries=0, timeout=120),
+                    PromptSource(passages(), context, seed),
+                ),
+                daemon=True,
+            )
             for seed in range(clients)
         ]
 
@@ -92,10 +107,9 @@ class Traffic:
         with self._lock:
             return self._totals
 
-    def _send(self, prompts: PromptSource) -> None:
-        from openai import OpenAI, OpenAIError
+    def _send(self, client: OpenAI, prompts: PromptSource) -> None:
+        from openai import OpenAIError
 
-        client = OpenAI(base_url=self._base_url, api_key="not-needed", max_retries=0, timeout=120)
         pause = random.Random()
         while not self._stopping.is_set():
             prompt, max_tokens = prompts.draw()
