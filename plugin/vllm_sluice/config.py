@@ -235,8 +235,8 @@ class Guard(_Strict):
     """How long the groups are compared."""
     least_tokens: Annotated[int, Field(ge=2)] = 2000
     """Generated tokens that each group needs for a verdict."""
-    least_requests: Annotated[int, Field(ge=2)] = 20
-    """Requests that each group needs for a verdict; with fewer, the error of a mean is not known."""
+    least_requests: Annotated[int, Field(ge=2)] = 50
+    """Requests that each group needs for a verdict; with fewer, the error of a mean is not well known."""
     patience_seconds: Annotated[float, Field(ge=1)] = 1800.0
     """Without a verdict by then, the change is rolled back."""
     most_change: Annotated[float, Field(ge=0)] = 0.1

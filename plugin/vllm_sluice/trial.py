@@ -15,7 +15,9 @@ _NO_GROUP = -1
 _SUMS = ("tokens", "total", "nonfinite", "requests", "tokens_squared", "tokens_total", "total_squared")
 """What is added up for each group; see `control.guard.Measured`."""
 _ROOM = 1024
-"""Requests of a trial that are remembered before those that have left the batch are forgotten."""
+"""Requests that are remembered before room is made."""
+_ABSENT_PASSES = 1000
+"""A request that had no token for so many passes has ended; should it go on, it counts as another one."""
 
 
 class TrialMeter:
@@ -24,8 +26,10 @@ class TrialMeter:
     def __init__(self, device: torch.device) -> None:
         self._number = 0
         self._sums = torch.zeros(len(GROUPS), len(_SUMS), dtype=torch.float64, device=device)
-        self._requests: dict[str, int] = {}
         self._by_request = torch.zeros(_ROOM, 2, dtype=torch.float64, device=device)  # tokens, total
+        self._requests: dict[str, tuple[int, int]] = {}  # row of `_by_request`, pass of the last token
+        self._free = list(range(_ROOM))
+        self._passes = 0
         self._groups: np.ndarray | None = None
         self._rows = np.empty(0, dtype=np.int64)
         self._broken: str | None = None
@@ -33,45 +37,57 @@ class TrialMeter:
     def look(self, batch: Batch, arguments: list[Mapping[str, Any]]) -> None:
         """Note the group of every request that generates a token in the coming pass, from its extra arguments."""
         self._groups = None
-        labels = [str(of_request.get(ARGUMENT, "")).partition(":") for of_request in arguments]
-        latest = max((int(number) for number, _, _ in labels if number), default=0)
+        labels = [str(of_request.get(ARGUMENT, "")).split(":", 2) for of_request in arguments]
+        latest = max((int(label[0]) for label in labels if label[0]), default=0)
         if latest == 0:
             return
         if latest > self._number:
             self._begin(latest)
+        if self._broken:
+            return
         groups = np.full(len(labels), _NO_GROUP, dtype=np.int64)
-        for index, (number, _, group) in enumerate(labels):
-            if number and batch.generates[index] and int(number) == self._number:
-                groups[index] = GROUPS.index(group)
-        kept = [batch.requests[index] for index in np.flatnonzero(groups != _NO_GROUP)]
-        self._rows = np.array(self._places(kept, batch.requests), dtype=np.int64)
-        self._groups = groups
+        names = []
+        for index, label in enumerate(labels):
+            if label[0] and batch.generates[index] and int(label[0]) == self._number:
+                groups[index] = GROUPS.index(label[1])
+                names.append(label[2])
+        try:
+            self._rows = self._places(names)
+            self._groups = groups
+        except Exception as error:  # no room on the device, say
+            self._fail(error)
 
     def _begin(self, number: int) -> None:
         self._number = number
         self._sums.zero_()
         self._requests.clear()
+        self._free = list(range(len(self._by_request)))
         self._broken = None
 
-    def _places(self, names: list[str], batch: list[str]) -> list[int]:
-        """Return the rows of `_by_request` of some requests of a batch; a new request gets a row of zeros.
-
-        A request that comes back after it was forgotten counts as another one.
-        """
-        new = [name for name in names if name not in self._requests]
-        if new and len(self._requests) + len(new) > len(self._by_request):
-            present = set(batch)
-            self._requests = {name: row for name, row in self._requests.items() if name in present}
-            if (more := len(self._requests) + len(new) - len(self._by_request)) > 0:
-                grown = self._by_request.new_zeros(len(self._by_request) + max(more, _ROOM), 2)
-                grown[: len(self._by_request)] = self._by_request
-                self._by_request = grown
+    def _places(self, names: list[str]) -> np.ndarray:
+        """Return the rows of `_by_request` of the requests of a pass; a new request gets a row of zeros."""
+        self._passes += 1
+        new = [name for name in dict.fromkeys(names) if name not in self._requests]
+        if len(new) > len(self._free):
+            self._make_room(len(new))
+        rows = [self._free.pop() for _ in new]
         if new:
-            taken = set(self._requests.values())
-            free = [row for row in range(len(self._by_request)) if row not in taken][: len(new)]
-            self._requests.update(zip(new, free, strict=True))
-            self._by_request.index_fill_(0, torch.tensor(free).to(self._by_request.device, non_blocking=True), 0.0)
-        return [self._requests[name] for name in names]
+            self._by_request.index_fill_(0, torch.tensor(rows).to(self._by_request.device, non_blocking=True), 0.0)
+            self._requests.update((name, (row, self._passes)) for name, row in zip(new, rows, strict=True))
+        for name in names:
+            self._requests[name] = (self._requests[name][0], self._passes)
+        return np.array([self._requests[name][0] for name in names], dtype=np.int64)
+
+    def _make_room(self, more: int) -> None:
+        """Forget the requests that have ended; with room for `more` others, or twice as much room, afterwards."""
+        ended = [name for name, (_, seen) in self._requests.items() if self._passes - seen > _ABSENT_PASSES]
+        self._free += [self._requests.pop(name)[0] for name in ended]
+        if len(self._free) < more:
+            before = len(self._by_request)
+            grown = self._by_request.new_zeros(2 * before + more, 2)
+            grown[:before] = self._by_request
+            self._by_request = grown
+            self._free += range(before, len(grown))
 
     def sample(self, logits: torch.Tensor | None, run: Callable[[], Any]) -> Any:
         """Run the sampler and add what it chose; `logits`, [requests, vocabulary], are those of the model.
@@ -99,16 +115,20 @@ class TrialMeter:
         values = chosen - torch.cat([torch.logsumexp(part.float(), dim=-1) for part in logits.split(64)]).double()
         counted = torch.isfinite(values) & (tokens >= 0)
         bad = ~counted & (tokens >= 0)
-        token = torch.stack([counted.double(), torch.where(counted, values, 0.0)], dim=1)
-        where = torch.from_numpy(rows).to(token.device, non_blocking=True)
+        token = torch.stack([counted.double(), torch.where(counted, values, 0.0), bad.double()], dim=1)
+        # Several answers to one prompt are one request: they are alike, and came into their group together.
+        places, first, of_row = np.unique(rows, return_index=True, return_inverse=True)
+        where, request, group = (
+            torch.from_numpy(index).to(token.device, non_blocking=True) for index in (places, of_row, groups[first])
+        )
+        added = token.new_zeros(len(places), 3).index_add_(0, request, token)
         before = self._by_request.index_select(0, where)
-        after = before + token
+        after = before + added[:, :2]
         self._by_request.index_copy_(0, where, after)
         (n, total), (m, former) = after.unbind(dim=1), before.unbind(dim=1)
-        first = (m == 0) & (n == 1)
+        new = (m == 0) & (n > 0)
         squares = [n * n - m * m, n * total - m * former, total * total - former * former]
-        row = torch.cat([token, torch.stack([bad.double(), first.double(), *squares], dim=1)], dim=1)
-        group = torch.from_numpy(groups).to(row.device, non_blocking=True)
+        row = torch.cat([added, torch.stack([new.double(), *squares], dim=1)], dim=1)
         for index in range(len(GROUPS)):
             self._sums[index] += (row * (group == index).unsqueeze(1)).sum(dim=0)
 

@@ -237,13 +237,15 @@ def test_a_guarded_trial_measures_what_its_groups_generate(make_engine, twin_gat
 
     engine = make_engine(twin_gated, {**EVERY_ROW, "SLUICE_CONTROL__GUARD__ENABLED": "true"})
     trial = {"number": 7, "patch": "gate", "enabled": False, "share": 0.5}
-    parameters = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True, logprobs=0)
+    sizes = [1 + 2 * (index % 3 == 0) for index in range(2 * len(prompts))]  # answers to a request: 3, 1, 1, 3, ...
+    parameters = [SamplingParams(max_tokens=6, n=n, top_k=1, ignore_eos=True, logprobs=0) for n in sizes]
 
     def generate() -> list[list[float]]:
+        """Return the log-probabilities of all tokens of each request."""
         batch = [{"prompt_token_ids": ids} for ids in prompts for _ in range(2)]
         with environment(**engine._environment):
             outputs = engine.llm.generate(batch, parameters, use_tqdm=False)
-        return [[next(iter(t.values())).logprob for t in output.outputs[0].logprobs] for output in outputs]
+        return [[next(iter(t.values())).logprob for one in o.outputs for t in one.logprobs] for o in outputs]
 
     alone = generate()
     assert engine.rpc("guard")["groups"] == {group: vars(Measured()) for group in GROUPS}
@@ -263,8 +265,9 @@ def test_a_guarded_trial_measures_what_its_groups_generate(make_engine, twin_gat
         assert len(requests) > 0  # missed once in 2**(number of requests - 1) runs
         assert measured["groups"][group] == pytest.approx(
             {
-                "tokens": 6 * len(requests), "total": sum(totals), "nonfinite": 0, "requests": len(requests),
-                "tokens_squared": 36 * len(requests), "tokens_total": 6 * sum(totals),
+                "tokens": sum(map(len, requests)), "total": sum(totals), "nonfinite": 0, "requests": len(requests),
+                "tokens_squared": sum(len(values) ** 2 for values in requests),
+                "tokens_total": sum(len(values) * total for values, total in zip(requests, totals, strict=True)),
                 "total_squared": sum(total**2 for total in totals),
             }, rel=1e-4,
         )  # fmt: skip

@@ -23,7 +23,9 @@ pytestmark = pytest.mark.serving
 
 ON, OFF = {"sluice.gate": True}, {"sluice.gate": False}
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
-GUARD = {"enabled": True, "share": 0.3, "window_seconds": 5, "least_tokens": 400, "most_change": 0.5}
+GUARD = {
+    "enabled": True, "share": 0.3, "window_seconds": 5, "least_tokens": 400, "least_requests": 20, "most_change": 0.5,
+}  # fmt: skip
 ROUNDING = 1e-5
 """As in tests/engine/test_per_request.py: batches of different size sum in another order."""
 

@@ -384,13 +384,24 @@ def test_the_parameters_of_patches_that_act_are_written_down(sluice, server, tmp
     path = tmp_path / "baseline.json"
     server.values["sluice_patch_parameter", 'patch="gate",parameter="temperature"'] = 1.5
     server.values["sluice_patch_parameter", 'patch="gate",parameter="floor"'] = 0.0
-    assert sluice("record", "--url", server.url, "--seconds", "0.2", "--output", path)[0] == 0
+    assert sluice("record", "--url", server.url, "--seconds", "1", "--output", path)[0] == 0
     assert baseline.read(path).sections["gate=1"].parameters == {"gate.floor": 0.0, "gate.temperature": 1.5}
     assert sluice("show", path)[1].splitlines()[2].endswith(", gate.floor 0, gate.temperature 1.5")
 
     server.values["sluice_patch_enabled", 'patch="gate"'] = 0.0
-    assert sluice("record", "--url", server.url, "--seconds", "0.2", "--output", path, "--append")[0] == 0
+    assert sluice("record", "--url", server.url, "--seconds", "1", "--output", path, "--append")[0] == 0
     assert baseline.read(path).sections["gate=0"].parameters == {}
+
+
+def test_engines_with_different_parameters_are_refused(sluice, server, tmp_path):
+    traffic(server)
+    server.change()
+    server.values["sluice_patch_parameter", 'patch="gate",parameter="floor"'] = 0.0
+    server.values["sluice_patch_parameter", 'patch="gate",parameter="temperature"'] = 1.0
+    one = server.text().decode()
+    server.body = (one + one.replace('engine="0"', 'engine="1"').replace("} 1.0", "} 1.25")).encode()
+    status, _, err = sluice("record", "--url", server.url, "--seconds", "30", "--output", tmp_path / "baseline.json")
+    assert (status, "the parameter gate.temperature is 1 in one engine and 1.25 in another" in err) == (1, True), err
 
 
 def test_a_patch_that_is_not_installed_does_not_act(sluice, server, tmp_path):
@@ -573,7 +584,7 @@ def test_a_scrape_that_fails_or_lacks_a_rank_costs_nothing(sluice, server, tmp_p
     meanwhile(server, fail)
     status, _, err = sluice("record", "--url", server.url, "--seconds", "3", "--output", tmp_path / "b.json")
     assert status == 0, err
-    assert "trying again for 5" in err
+    assert re.search(r"trying again for \d+ s", err)
 
 
 def test_an_answer_that_comes_when_the_window_has_moved_on_is_refused(sluice, server, tmp_path):

@@ -53,7 +53,9 @@ def test_the_guard_puts_requests_that_choose_nothing_into_groups():
     seen = {}
     for index in range(20):
         arguments, salt = guarded.admit(f"r{index}", {"other": 1}, None)
-        seen[arguments["sluice.guard"]] = ({k: v for k, v in arguments.items() if k != "sluice.guard"}, salt)
+        label, _, request = arguments["sluice.guard"].rpartition(":")
+        assert request == f"r{index}"
+        seen[label] = ({k: v for k, v in arguments.items() if k != "sluice.guard"}, salt)
     assert seen == {
         "7:canary": ({"other": 1, "sluice.gate": 0}, "sluice:gate=0"),
         "7:rest": ({"other": 1}, None),

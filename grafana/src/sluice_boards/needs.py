@@ -27,8 +27,8 @@ PATCH = Need("Needs an installed patch.", "no data: no patch is installed, or no
 FULL = Need("Needs `telemetry.detail: full`.", "no data: needs telemetry.detail: full, and traffic")
 GATE = Need("Needs an installed gate.", "no data: no gate is installed, or no traffic")
 BASELINE = Need(
-    "Needs a baseline for the patch state in force (`sluice baseline record`).",
-    "no data: no baseline for this patch state",
+    "Needs a baseline for the patch state and parameters in force (`sluice baseline record`).",
+    "no data: no baseline for this patch state and its parameters",
 )
 QUANTIZATION = Need("Needs the `quantization` probe.", "no data: quantization probe is off, or no traffic")
 STATIC = Need(

@@ -87,8 +87,8 @@ class File(Answer):
 class Group(Answer):
     """What one group of a trial generated; mean log-probability of its tokens and standard error of that, nats."""
 
-    requests: int
     tokens: int
+    requests: int | None = None
     mean: float | None = None
     error: float | None = None
     nonfinite: int = 0

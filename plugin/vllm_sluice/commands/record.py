@@ -57,13 +57,14 @@ class _Scrape:
 
     @property
     def parameters(self) -> dict[str, float]:
-        """Run-time parameters of the patches that act, such as `gate.temperature`."""
+        """Run-time parameters of the patches that act, such as `gate.temperature`; the same in all engines."""
+        found: dict[str, float] = {}
         acting = {patch for patch, acts in self.patches.items() if acts}
-        return {
-            f"{labels['patch']}.{labels['parameter']}": value
-            for labels, value in self.values("sluice_patch_parameter")
-            if labels["patch"] in acting
-        }
+        for labels, value in self.values("sluice_patch_parameter"):
+            name = f"{labels['patch']}.{labels['parameter']}"
+            if labels["patch"] in acting and found.setdefault(name, value) != value:
+                raise Problem(f"the parameter {name} is {found[name]:g} in one engine and {value:g} in another")
+        return found
 
     @property
     def ranks(self) -> set[str]:
@@ -97,7 +98,7 @@ def from_server(url: str, seconds: float) -> tuple[str, Sections]:
     client = Client(url)
     recorder = Recorder()
     first = last = _scrape(client)
-    patches = first.patches
+    patches, parameters = first.patches, first.parameters
     _check_unmixed(first)
     _say(f"listening to {url} for {seconds:g} s, {state_text(patches)}")
     until = time.monotonic() + seconds
@@ -120,7 +121,7 @@ def from_server(url: str, seconds: float) -> tuple[str, Sections]:
     tokens = last.total("sluice_tokens_observed_total") - first.total("sluice_tokens_observed_total")
     if tokens <= 0 or recorder.empty:
         raise Problem(f"no token was seen in {seconds:g} s; record while there is traffic")
-    return last.about("model_name"), {state_text(patches): _section(recorder, last, url, int(tokens))}
+    return last.about("model_name"), {state_text(patches): _section(recorder, last, url, int(tokens), parameters)}
 
 
 def _scrape(client: Any) -> _Scrape:
@@ -263,7 +264,7 @@ def from_text(
             if last is None or recorder.empty:
                 raise Problem("the model was run, but nothing was measured; see the log above for the probes")
             name = last.about("model_name")
-            sections[state_text(last.patches)] = _section(recorder, last, source, seen)
+            sections[state_text(last.patches)] = _section(recorder, last, source, seen, last.parameters)
         return name, sections
 
 
@@ -397,14 +398,16 @@ def _batches(prompts: list[list[int]]) -> Iterator[list[list[int]]]:
         yield prompts[start : start + _PROMPTS_AT_ONCE]
 
 
-def _section(recorder: Recorder, scrape: _Scrape, source: str, tokens: int) -> Section:
+def _section(
+    recorder: Recorder, scrape: _Scrape, source: str, tokens: int, parameters: Mapping[str, float]
+) -> Section:
     return recorder.section(
         recorded=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         source=source,
         tokens=tokens,
         sluice_version=scrape.about("version"),
         vllm_version=scrape.about("vllm_version"),
-        parameters=scrape.parameters,
+        parameters=parameters,
     )
 
 

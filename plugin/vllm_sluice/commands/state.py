@@ -117,7 +117,7 @@ def _trial(trial: Trial, now: float) -> Iterator[Line]:
     for name, group in sorted((trial.measured or {}).items()):
         mean = "-" if group.mean is None else f"{group.mean:.3f}"
         error = "" if group.error is None else f" (error {group.error:.3f})"
-        what = f"{group.tokens} tokens of {group.requests} requests"
+        what = f"{group.tokens} tokens" + ("" if group.requests is None else f" of {group.requests} requests")
         yield line(f"  {name}: {what}, mean log-probability {mean} nats{error}, {group.nonfinite} non-finite")
     if trial.reason:
         yield line(f"  {trial.reason}")

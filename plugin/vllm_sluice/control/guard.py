@@ -19,7 +19,8 @@ from vllm_sluice.config import Guard
 
 GROUPS = ("rest", "canary")
 ARGUMENT = "sluice.guard"
-"""Request argument, added by the API server, that tells the workers number and group of a trial: `NUMBER:GROUP`."""
+"""Request argument, added by the API server, that tells the workers a trial's number, the group and the request:
+`NUMBER:GROUP:REQUEST`. Several answers to one request share it."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Measured:
     nonfinite
         Rows of logits with NaN or infinity; they are not in `tokens`.
     requests
-        Requests with a token.
+        Requests with a token; several answers to one prompt are one request.
     tokens_squared, tokens_total, total_squared
         Sums over requests of n^2, n s and s^2, where n are the tokens of a request and s the sum of theirs.
     """

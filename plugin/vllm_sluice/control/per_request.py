@@ -127,7 +127,7 @@ class RequestCheck:
         trial = self._trial() if self._trial is not None else None
         if trial and not chosen:
             group = group_of(request_id, trial["number"], trial["share"])
-            arguments = {**arguments, ARGUMENT: f"{trial['number']}:{group}"}
+            arguments = {**arguments, ARGUMENT: f"{trial['number']}:{group}:{request_id}"}
             if group == "canary":
                 chosen = {trial["patch"]: bool(trial["enabled"])}
                 arguments[key(trial["patch"])] = int(trial["enabled"])

@@ -96,7 +96,8 @@ class Section(_Strict):
     @property
     def digest(self) -> str:
         """Short hash of all that is recorded."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:12]
+        without = None if self.parameters else {"parameters"}  # files that name none keep their hash
+        return hashlib.sha256(self.model_dump_json(exclude=without).encode()).hexdigest()[:12]
 
 
 class Baseline(_Strict):
@@ -242,20 +243,22 @@ class BaselineInForce:
     @property
     def section(self) -> Section | None:
         """What was recorded for the patch state now in force."""
-        return self._baseline.sections[self.state] if self._baseline and self.state else None
+        state = self.state
+        return self._baseline.sections[state] if self._baseline and state else None
 
     def follow(self, patches: Mapping[str, bool], parameters: Mapping[str, float]) -> None:
         """Take the section of a patch state, if it was recorded with the same parameters, such as `gate.floor`."""
         if self._baseline is None:
             return
-        self.state, before, self._missing = self._baseline.find(patches), self._missing, None
-        if self.state is None:
-            self._missing = f"no section for {state_text(patches)}; it has: {', '.join(self._baseline.sections)}"
-        elif other := different(self._baseline.sections[self.state].parameters, parameters):
-            self._missing = f"no section for the parameters in force; {self.state} was recorded with {other}"
-            self.state = None
-        if self._missing is not None and self._missing != before:
-            logger.warning("sluice: the baseline has %s; nothing is compared with it", self._missing)
+        state, missing = self._baseline.find(patches), None
+        if state is None:
+            missing = f"no section for {state_text(patches)}; it has: {', '.join(self._baseline.sections)}"
+        elif other := different(self._baseline.sections[state].parameters, parameters):
+            missing = f"no section for the parameters in force; {state} was recorded with {other}"
+        if missing is not None and missing != self._missing:
+            logger.warning("sluice: the baseline has %s; nothing is compared with it", missing)
+        self._missing = missing
+        self.state = state if missing is None else None  # in one step: snapshots are written meanwhile
 
     def _labels(self) -> list[str]:
         sections = self._baseline.sections.values() if self._baseline else ()
@@ -280,10 +283,11 @@ class BaselineInForce:
         """Return float64, [series]; NaN for what is not in force."""
         sections = self._baseline.sections if self._baseline else {}
         good = float(self._baseline is not None) if self._configured else None
-        in_force = [1.0 if state == self.state else None for state in sections]
-        layers = self.section.layers if self.section else {}
-        recorded = [getattr(layers.get(label), name, None) for label in self._labels() for name in _PER_LAYER]
-        return np.array([good, *in_force, *recorded], dtype=np.float64)  # None becomes NaN
+        section = self.section
+        in_force = [1.0 if recorded is section else None for recorded in sections.values()]
+        layers = section.layers if section else {}
+        values = [getattr(layers.get(label), name, None) for label in self._labels() for name in _PER_LAYER]
+        return np.array([good, *in_force, *values], dtype=np.float64)  # None becomes NaN
 
 
 # ------------------------------------------------------------------------------------------------ recording
