@@ -37,11 +37,10 @@ class TrialMeter:
     def look(self, batch: Batch, arguments: list[Mapping[str, Any]]) -> None:
         """Note the group of every request that generates a token in the coming pass, from its extra arguments."""
         self._groups = None
-        labels = [str(of_request.get(ARGUMENT, "")).split(":", 2) for of_request in arguments]
-        latest = max((int(label[0]) for label in labels if label[0]), default=0)
-        if latest == 0:
+        if not any(ARGUMENT in of_request for of_request in arguments):  # no trial: the usual pass
             return
-        if latest > self._number:
+        labels = [str(of_request.get(ARGUMENT, "")).split(":", 2) for of_request in arguments]
+        if (latest := max(int(label[0]) for label in labels if label[0])) > self._number:
             self._begin(latest)
         if self._broken:
             return

@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import ROOT, need_program
+from tests.serving.server import free_port
 from vllm_sluice import cli
 from vllm_sluice.commands import distribution, doctor
 from vllm_sluice.commands.distribution import VllmDistribution
@@ -68,12 +69,6 @@ class Handler(BaseHTTPRequestHandler):
 
 ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def runs(pid: int) -> bool:

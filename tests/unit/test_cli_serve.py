@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from tests.serving.server import free_port
 from vllm_sluice import cli
 from vllm_sluice.commands import allowlist, distribution, serve
 from vllm_sluice.commands.allowlist import AllowList, with_sluice
@@ -53,12 +54,6 @@ def model(tmp_path) -> str:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
     return str(folder)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_where_the_second_model_runner_is_the_default_the_first_is_asked_for(served, model, monkeypatch):

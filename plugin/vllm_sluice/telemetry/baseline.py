@@ -135,7 +135,7 @@ def state_text(patches: Mapping[str, bool]) -> str:
     return ",".join(f"{name}={int(acts)}" for name, acts in sorted(patches.items()))
 
 
-def different(recorded: Mapping[str, float], current: Mapping[str, float]) -> str:
+def differing_parameters(recorded: Mapping[str, float], current: Mapping[str, float]) -> str:
     """Say which parameters had another value when a section was recorded; empty if none."""
     return ", ".join(
         f"{name} {value:g} (now {current[name]:g})" if name in current else f"{name} {value:g} (not known here)"
@@ -253,7 +253,7 @@ class BaselineInForce:
         state, missing = self._baseline.find(patches), None
         if state is None:
             missing = f"no section for {state_text(patches)}; it has: {', '.join(self._baseline.sections)}"
-        elif other := different(self._baseline.sections[state].parameters, parameters):
+        elif other := differing_parameters(self._baseline.sections[state].parameters, parameters):
             missing = f"no section for the parameters in force; {state} was recorded with {other}"
         if missing is not None and missing != self._missing:
             logger.warning("sluice: the baseline has %s; nothing is compared with it", missing)
